@@ -1,0 +1,122 @@
+"""What crosses the wire between an ingress and the driver: msgpack structs, never pickle.
+
+An ingress names its requests by numbers of its own; the driver tells ingresses apart by the
+identity of their socket. A token reaches a client only as (request, index, live epoch): the
+ingress drops what names another epoch or an index that it already has, so a token is delivered
+exactly once, whatever died in between.
+"""
+
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta, Struct
+
+from workers.protocol import Message, Natural, Sampling, TokenLogprobs
+
+FINISH_STOP, FINISH_LENGTH, FINISH_CANCELLED, FINISH_ERROR = "stop", "length", "cancelled", "error"
+
+
+class Submit(Message, tag="submit"):
+    """Generate. After a restart the same request is sent again with what was already emitted."""
+
+    epoch: Natural
+    """The epoch the ingress believes in; a request for another one is ignored."""
+    request: Natural
+    tokens: bytes
+    """Prompt and what has been emitted (int32)."""
+    num_prompt: Annotated[int, Meta(ge=1)]
+    """How many of `tokens` are the prompt; the rest are output tokens 0, 1, ..."""
+    max_tokens: Annotated[int, Meta(ge=1)]
+    """Output tokens in all, those already in `tokens` included."""
+    stop_token_ids: tuple[int, ...]
+    """Ids that end the request once `sampling.min_tokens` are out; empty with ignore_eos."""
+    sampling: Sampling
+    salt: str = ""
+    """Requests share cached prefixes only under the same salt."""
+
+
+class Cancel(Message, tag="cancel"):
+    """The client is gone."""
+
+    request: Natural
+
+
+class Finish(Message, tag="finish"):
+    """A stop string was found: output tokens from `index` on are not wanted."""
+
+    request: Natural
+    index: Natural
+
+
+class IngressBeat(Message, tag="beat"):
+    """Every `beat_ms`; carries the ingress's own counters for the driver's /metrics."""
+
+    received: Natural = 0
+    rejected: Natural = 0
+    """Requests the ingress refused by itself (HTTP 4xx)."""
+
+
+class Tokens(Message, tag="tokens"):
+    """What a step gave this ingress's requests. The three lists are parallel."""
+
+    epoch: Natural
+    requests: list[int]
+    indexes: list[int]
+    """Place of the token among the request's output, from 0."""
+    tokens: list[int]
+    finished: list[tuple[int, str]]
+    """(request, finish reason) of requests that end with this message."""
+    logprobs: list[tuple[int, int, TokenLogprobs]] = []
+    """(request, index, log-probabilities)."""
+    prompt_logprobs: list[tuple[int, int, tuple[TokenLogprobs, ...]]] = []
+    """(request, position of the first, log-probabilities of prompt tokens); position 0 has none."""
+    num_cached: list[tuple[int, int]] = []
+    """(request, prompt tokens found in the prefix cache), once a request, with its first token."""
+
+
+class Refused(Message, tag="refused"):
+    """The request was not taken; nothing of it remains at the driver."""
+
+    request: Natural
+    status: Natural
+    """HTTP status."""
+    message: str
+    param: str | None = None
+    code: str | None = None
+
+
+class DriverBeat(Message, tag="beat"):
+    """Every `beat_ms`, and at once when anything in it changes."""
+
+    epoch: Natural
+    ready: bool
+    """All ranks of this epoch are serving."""
+    num_waiting: Natural = 0
+    num_running: Natural = 0
+
+
+FromIngress = Submit | Cancel | Finish | IngressBeat
+ToIngress = Tokens | Refused | DriverBeat
+
+decode_from_ingress = msgspec.msgpack.Decoder(FromIngress).decode
+decode_to_ingress = msgspec.msgpack.Decoder(ToIngress).decode
+
+
+class EngineInfo(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What `Driver.endpoint()` tells an ingress: where the driver listens and what it serves."""
+
+    epoch: int
+    node_id: str
+    """Ray node of the driver: an ingress on the same node takes `ipc_address`."""
+    ipc_address: str
+    tcp_address: str
+    server_key: str
+    """CURVE public key of the driver (Z85), fresh each start; used over tcp."""
+    client_public_key: str
+    client_secret_key: str
+    """CURVE key pair that the driver accepts from ingresses."""
+    max_model_len: int
+    vocab_size: int
+    stop_token_ids: tuple[int, ...]
+    """End-of-sequence ids of the model."""
+    beat_ms: int

@@ -1,0 +1,127 @@
+"""What an engine is told once, when it starts: one frozen, flat tree, checked where it is made.
+
+The same names are command-line flags (`--tp-size 2`), arguments of `serve run
+deployments.app:build_app tp_size=2`, keys of Serve's YAML `args:`, Helm values and keyword
+arguments of `LLM`. This is also the one file that reads environment variables.
+
+    >>> EngineConfig(tp_size=2).layout.world_size
+    2
+    >>> EngineConfig(page_size=24)
+    Traceback (most recent call last):
+    ...
+    ValueError: page_size=24 must be a power of two from 1 to 256
+"""
+
+import os
+from pathlib import Path
+from typing import Literal
+
+from msgspec import Struct
+
+from parallel.layout import Layout
+
+
+class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything a driver and its workers agree on. The docstring under a field is its help text."""
+
+    model: str = ""
+    """Folder with config.json, tokenizer.json and safetensors files; empty serves the bundled model."""
+    tp_size: int = 1
+    """Ranks a replica's weights are split over."""
+    dp_size: int = 1
+    """Data-parallel replicas, each with its own requests and pages."""
+    page_size: int = 16
+    """Tokens in a page of the key-value cache."""
+    max_num_seqs: int = 256
+    """Requests of one replica that may run at once."""
+    max_num_batched_tokens: int = 8192
+    """Tokens one replica may compute in one step."""
+    max_model_len: int | None = None
+    """Longest prompt plus output, in tokens; unset takes the model's own limit."""
+    kv_cache_gb: float | None = None
+    """Memory for keys and values on each rank, in GiB; unset takes what is free (CPU: 1 GiB)."""
+    gpu_memory_utilization: float = 0.9
+    """Share of a GPU's memory for weights, cache and workspaces together."""
+    enable_prefix_caching: bool = True
+    """Let requests share the pages of equal beginnings."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of weights and activations; auto is the checkpoint's on a GPU and float32 on a CPU."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the model runs; auto takes GPUs where there are enough."""
+    num_nodes: int = 1
+    """Machines the ranks are spread over, evenly."""
+    load_format: Literal["auto", "dummy"] = "auto"
+    """dummy makes random weights from config.json alone, to measure speed without a checkpoint."""
+    seed: int = 0
+    """Seeds dummy weights, and requests that bring no seed of their own."""
+    overlap: bool = True
+    """Send the next step's plan before this step's tokens are back."""
+    step_timeout_s: float = 60.0
+    """A step without all acks for so long is a hang: the late ranks are named and the gang restarts."""
+    start_timeout_s: float = 1800.0
+    """Longest time from starting the ranks to their being ready."""
+    beat_ms: int = 250
+    """Heartbeat period between workers, driver and ingress; eight missed beats are a death."""
+
+    def __post_init__(self) -> None:
+        if self.page_size not in (1, 2, 4, 8, 16, 32, 64, 128, 256):
+            raise ValueError(f"page_size={self.page_size} must be a power of two from 1 to 256")
+        for name in ("max_num_seqs", "max_num_batched_tokens", "num_nodes", "beat_ms"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.max_model_len is not None and self.max_model_len < 2:
+            raise ValueError(f"max_model_len={self.max_model_len} must be at least 2")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens={self.max_num_batched_tokens} is below max_num_seqs="
+                f"{self.max_num_seqs}: a step must have room for one token of every request; "
+                f"raise the first to {self.max_num_seqs} or lower the second"
+            )
+        if not 0.0 < self.gpu_memory_utilization <= 1.0:
+            raise ValueError(
+                f"gpu_memory_utilization={self.gpu_memory_utilization} must be above 0, at most 1"
+            )
+        if self.kv_cache_gb is not None and self.kv_cache_gb <= 0:
+            raise ValueError(f"kv_cache_gb={self.kv_cache_gb} must be above 0")
+        for name in ("step_timeout_s", "start_timeout_s"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be above 0")
+        if self.layout.world_size % self.num_nodes:
+            raise ValueError(
+                f"{self.layout.world_size} ranks do not spread evenly over num_nodes="
+                f"{self.num_nodes}: choose a number of nodes that divides them"
+            )
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(tp_size=self.tp_size, dp_size=self.dp_size)
+
+    @property
+    def ranks_per_node(self) -> int:
+        return self.layout.world_size // self.num_nodes
+
+
+class Failpoint(Struct, frozen=True):
+    """A planted fault, for tests: at `step` of `epoch`, `rank` does what `action` says."""
+
+    action: Literal["kill", "stop", "skip_collective", "corrupt_ids", "slow", "raise"]
+    rank: int
+    step: int
+    epoch: int = 1
+
+
+class Environment(Struct, frozen=True, kw_only=True):
+    """What Lockstep reads from environment variables, all of it."""
+
+    cache_dir: Path
+    """`LOCKSTEP_CACHE_DIR`: compiled kernels and tables; default ~/.cache/lockstep."""
+    failpoints: str
+    """`LOCKSTEP_FAILPOINTS`: a JSON list of `Failpoint`, read by workers; empty in production."""
+
+    @classmethod
+    def read(cls) -> "Environment":
+        default = Path.home() / ".cache" / "lockstep"
+        return cls(
+            cache_dir=Path(os.environ.get("LOCKSTEP_CACHE_DIR", str(default))),
+            failpoints=os.environ.get("LOCKSTEP_FAILPOINTS", ""),
+        )

@@ -1,0 +1,263 @@
+"""What crosses the wire between the driver and its workers: plain, frozen, free of torch.
+
+Every message is msgpack of one of the structs below; nothing is pickled. Integer arrays travel as
+little-endian int32 bytes (`pack` and `unpack`), because a list of integers costs ten times as much.
+
+Driver to worker:  `Start`, `Serve`, then one `Header` + `Body` a step, at last `Stop`.
+Worker to driver:  `Hello`, `Progress`, `Ready`, `Started`, then one `Ack` a step; `Beat` every
+250 ms from a thread of its own; `Failed` if it cannot go on.
+
+A step is two frames. The header is the same for every rank of a lockstep domain; the body holds
+one replica's changes only. What goes on decoding is not named:
+
+- `leaves` go first, then `admits` enter, then `grow` gives slots their next page;
+- a slot decodes in this step if it had all its tokens computed before it (its last chunk, or a
+  decode, was in the previous step) and it does not leave;
+- rows are the decodes in ascending slot order, then the chunks in the order of the body;
+- every decode and every chunk that reaches the end of its slot's tokens samples one token, in
+  row order: these are the step's logit rows and the tokens of its ack.
+
+    >>> unpack(pack([3, 1, 2])).tolist()
+    [3, 1, 2]
+"""
+
+import hashlib
+from collections.abc import Iterable
+from typing import Annotated
+
+import msgspec
+import numpy as np
+from msgspec import Meta, Struct
+from numpy.typing import NDArray
+
+PROTOCOL_VERSION = 1
+"""Raised whenever a struct changes; a worker of another version is refused at `Hello`."""
+
+MAX_MESSAGE_BYTES = 64 * 2**20
+"""Largest frame either side accepts; a prompt of a million tokens is 4 MB."""
+
+MAX_LOGPROBS = 20
+
+Natural = Annotated[int, Meta(ge=0)]
+Unsigned64 = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+
+
+def pack(values: Iterable[int] | NDArray[np.integer]) -> bytes:
+    """Integers as little-endian int32 bytes."""
+    array = values if isinstance(values, np.ndarray) else np.fromiter(values, dtype=np.int64)
+    return array.astype("<i4").tobytes()
+
+
+def unpack(data: bytes) -> NDArray[np.int32]:
+    """The integers behind `pack`; a length that is not a multiple of four is a `ValueError`."""
+    return np.frombuffer(data, dtype="<i4")
+
+
+def digest(data: bytes) -> bytes:
+    """16 bytes that stand for `data` in headers and acks (BLAKE2b)."""
+    return hashlib.blake2b(data, digest_size=16).digest()
+
+
+class Message(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A struct on the wire: an array of its fields, in order."""
+
+
+class Sampling(Message):
+    """How to choose a request's tokens. `seed` and `nonce` with a token's position key its draw."""
+
+    temperature: Annotated[float, Meta(ge=0.0, le=100.0)] = 1.0
+    top_p: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
+    top_k: Natural = 0
+    """0 keeps all."""
+    min_p: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.0
+    presence_penalty: Annotated[float, Meta(ge=-2.0, le=2.0)] = 0.0
+    frequency_penalty: Annotated[float, Meta(ge=-2.0, le=2.0)] = 0.0
+    repetition_penalty: Annotated[float, Meta(gt=0.0, le=100.0)] = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    min_tokens: Natural = 0
+    """Until so many tokens are out, no id of `stop_token_ids` is sampled."""
+    stop_token_ids: tuple[int, ...] = ()
+    num_logprobs: Annotated[int, Meta(ge=-1, le=MAX_LOGPROBS)] = -1
+    """-1 none; k the chosen token's log-probability and those of the k likeliest."""
+    num_prompt_logprobs: Annotated[int, Meta(ge=-1, le=MAX_LOGPROBS)] = -1
+    seed: Unsigned64 = 0
+    nonce: Unsigned64 = 0
+
+
+class Admit(Message):
+    """A request enters a slot. Sent once; also after a preemption or a restart, with all tokens."""
+
+    slot: Natural
+    tokens: bytes
+    """Prompt and what has been generated so far (int32)."""
+    num_prompt: Natural
+    """How many of `tokens` are the user's; penalties count the rest as output."""
+    num_cached: Natural
+    """How many of `tokens` already have their keys and values in `pages`."""
+    pages: bytes
+    sampling: Sampling
+
+
+class Body(Message):
+    """One replica's changes in a step."""
+
+    leaves: bytes = b""
+    """Slots that end (int32)."""
+    admits: tuple[Admit, ...] = ()
+    grow_slots: bytes = b""
+    grow_pages: bytes = b""
+    """`grow_pages[i]` is appended to the page list of `grow_slots[i]`."""
+    chunk_slots: bytes = b""
+    chunk_lengths: bytes = b""
+    """Slot `chunk_slots[i]` computes its next `chunk_lengths[i]` tokens."""
+
+
+class Mode:
+    """What kind of rows a step has, over all replicas of the domain."""
+
+    IDLE, DECODE, EXTEND, MIXED = range(4)
+
+
+class Padding:
+    """How rows of unequal replicas are gathered (SGLang's `DpPaddingMode`)."""
+
+    NONE, MAX_LEN, SUM_LEN = range(3)
+
+
+class Header(Message):
+    """What every rank of a lockstep domain must know of a step, the same bytes for all."""
+
+    epoch: Natural
+    step: Natural
+    mode: Annotated[int, Meta(ge=0, le=3)]
+    num_rows: tuple[int, ...]
+    """Rows of each replica, before padding."""
+    num_logit_rows: tuple[int, ...]
+    padding: Annotated[int, Meta(ge=0, le=2)]
+    padded_rows: tuple[int, ...]
+    """Rows of each replica as the model sees them."""
+    bucket: Natural
+    """Size of the captured graph to replay; 0 runs eagerly."""
+    bodies: tuple[bytes, ...]
+    """`digest` of every replica's body."""
+    previous: bytes
+    """`digest` of the header before; empty at an epoch's first step."""
+
+
+class Start(Message, tag="start"):
+    """Rendezvous: where the domain's TCPStore listens. Everyone has said `Hello`."""
+
+    epoch: Natural
+    store_host: str
+    store_port: Natural
+
+
+class Serve(Message, tag="serve"):
+    """The number of pages that all ranks of the engine can hold: allocate them and go."""
+
+    epoch: Natural
+    num_pages: Natural
+
+
+class Stop(Message, tag="stop"):
+    """Leave in good order."""
+
+    epoch: Natural
+
+
+class Hello(Message, tag="hello"):
+    version: Natural
+    epoch: Natural
+    rank: Natural
+    node_ip: str
+    pid: Natural
+    device: str
+    """`cpu`, or the GPU's UUID."""
+    store_port: Natural = 0
+    """Set by the first rank of each domain, which holds the listening socket."""
+
+
+class Progress(Message, tag="progress"):
+    epoch: Natural
+    rank: Natural
+    stage: str
+    done: Natural
+    total: Natural
+
+
+class Ready(Message, tag="ready"):
+    """Groups are joined and weights are loaded."""
+
+    epoch: Natural
+    rank: Natural
+    max_pages: Natural
+    """Pages this rank has memory for."""
+    max_model_len: Natural
+    vocab_size: Natural
+    stop_token_ids: tuple[int, ...]
+
+
+class Started(Message, tag="started"):
+    """The cache is allocated and everything is warm: the next message is a step."""
+
+    epoch: Natural
+    rank: Natural
+
+
+class TokenLogprobs(Message):
+    """Log-probabilities of one row: the token's own, then the likeliest, best first."""
+
+    token: int
+    logprob: float
+    rank: Natural
+    """1 if the token was the likeliest."""
+    top_ids: tuple[int, ...]
+    top_logprobs: tuple[float, ...]
+
+
+class Ack(Message, tag="ack"):
+    """A rank has done a step. Tokens are released only when all ranks' acks agree."""
+
+    epoch: Natural
+    rank: Natural
+    step: Natural
+    header: bytes
+    """`digest` of the header it obeyed."""
+    ids: bytes
+    """`digest` of the tokens it sampled (int32 bytes); the same on all ranks of a replica."""
+    ledger: bytes
+    """Digest of the collectives it took part in: (op, group, shape) in order."""
+    seconds: float
+    """From the first look at the step to its tokens."""
+    tokens: bytes = b""
+    """Sampled tokens in row order; from the first rank of a replica only."""
+    logprobs: tuple[tuple[int, TokenLogprobs], ...] = ()
+    """(index of the logit row, its log-probabilities) for those that asked."""
+    prompt_logprobs: tuple[tuple[int, int, tuple[TokenLogprobs, ...]], ...] = ()
+    """(slot, position of the first, log-probabilities of the prompt tokens this step read)."""
+
+
+class Beat(Message, tag="beat"):
+    """The process lives, whatever its main thread is doing."""
+
+    epoch: Natural
+    rank: Natural
+    step: Natural
+
+
+class Failed(Message, tag="failed"):
+    """The rank cannot go on; `reason` is a sentence for the operator."""
+
+    epoch: Natural
+    rank: Natural
+    reason: str
+
+
+ToWorker = Start | Serve | Stop
+FromWorker = Hello | Progress | Ready | Started | Ack | Beat | Failed
+
+encode = msgspec.msgpack.Encoder().encode
+decode_to_worker = msgspec.msgpack.Decoder(ToWorker).decode
+decode_from_worker = msgspec.msgpack.Decoder(FromWorker).decode
+decode_header = msgspec.msgpack.Decoder(Header).decode
+decode_body = msgspec.msgpack.Decoder(Body).decode
