@@ -1,0 +1,159 @@
+"""A lockstep domain: the ranks that share collectives, and the steps they take together.
+
+`Domain` turns its replicas' plans into one header and one body a replica, keeps the few steps that
+are under way, and releases a step's tokens only when every rank has acknowledged it and all say
+the same: the same header obeyed, the same collectives taken part in, the same tokens sampled
+within a replica. A disagreement is a `Desync` that names the rank.
+
+Pure: no clock, no socket. The engine sends what `next_step` returns and feeds acks to `on_ack`.
+"""
+
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from deployments.scheduler import Accepted, Plan, Scheduler
+from parallel.layout import Layout
+from workers.protocol import Ack, Header, Mode, Padding, digest, encode, unpack
+
+
+class Desync(Exception):
+    """A rank did not do what the others did; nothing of its step has been released."""
+
+    def __init__(self, rank: int, sentence: str) -> None:
+        super().__init__(sentence)
+        self.rank = rank
+
+
+@dataclass(slots=True)
+class Step:
+    """A step under way: what was sent and who has acknowledged it."""
+
+    number: int
+    header: bytes
+    bodies: list[bytes]
+    plans: list[Plan]
+    header_digest: bytes
+    acks: dict[int, Ack] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class StepDone:
+    """A step all ranks agree on."""
+
+    number: int
+    plans: list[Plan]
+    accepted: list[list[Accepted | None]]
+    """For each replica, one entry a logit row."""
+    acks: dict[int, Ack]
+
+
+class Domain:
+    def __init__(
+        self, layout: Layout, index: int, schedulers: Sequence[Scheduler], *, epoch: int, depth: int
+    ) -> None:
+        """`depth` steps may be under way at once: 2 overlaps planning with computing, 1 does not."""
+        self.index = index
+        self.ranks = layout.domain_ranks(index)
+        self.replica_ranks = [layout.replica_ranks(index, r) for r in range(layout.num_replicas)]
+        self.schedulers = list(schedulers)
+        self.epoch = epoch
+        self.depth = depth
+        self.num_steps = 0
+        self._previous = b""
+        self.under_way: deque[Step] = deque()
+
+    @property
+    def can_step(self) -> bool:
+        return len(self.under_way) < self.depth and any(s.has_work for s in self.schedulers)
+
+    def next_step(self) -> Step:
+        """Plan a step on every replica, idle ones included, so that all ranks enter it."""
+        number = self.num_steps
+        plans = [scheduler.plan_step(number) for scheduler in self.schedulers]
+        bodies = [encode(plan.body) for plan in plans]
+        num_rows = tuple(plan.num_rows for plan in plans)
+        header = encode(
+            Header(
+                epoch=self.epoch,
+                step=number,
+                mode=_mode(plans),
+                num_rows=num_rows,
+                num_logit_rows=tuple(len(plan.sampled) for plan in plans),
+                padding=Padding.NONE,
+                padded_rows=num_rows,
+                bucket=0,
+                bodies=tuple(digest(body) for body in bodies),
+                previous=self._previous,
+            )
+        )
+        self._previous = digest(header)
+        self.num_steps += 1
+        step = Step(number, header, bodies, plans, self._previous)
+        self.under_way.append(step)
+        return step
+
+    def on_ack(self, ack: Ack) -> list[StepDone]:
+        """The steps that this ack completes, in order."""
+        step = next((step for step in self.under_way if step.number == ack.step), None)
+        if step is None or ack.rank in step.acks:
+            expected = self.under_way[0].number if self.under_way else self.num_steps
+            raise Desync(
+                ack.rank, f"rank {ack.rank} acknowledged step {ack.step} instead of {expected}"
+            )
+        if ack.header != step.header_digest:
+            raise Desync(
+                ack.rank, f"rank {ack.rank} obeyed another plan of step {ack.step} than was sent"
+            )
+        step.acks[ack.rank] = ack
+        done: list[StepDone] = []
+        while self.under_way and len(self.under_way[0].acks) == len(self.ranks):
+            done.append(self._agree(self.under_way.popleft()))
+        return done
+
+    def late_ranks(self) -> list[int]:
+        """Ranks that have not acknowledged the oldest step under way."""
+        if not self.under_way:
+            return []
+        return [rank for rank in self.ranks if rank not in self.under_way[0].acks]
+
+    def _agree(self, step: Step) -> StepDone:
+        _same(step, list(self.ranks), "ledger", "took part in other collectives")
+        for ranks in self.replica_ranks:
+            _same(step, list(ranks), "ids", "sampled other tokens")
+        accepted: list[list[Accepted | None]] = []
+        for scheduler, plan, ranks in zip(
+            self.schedulers, step.plans, self.replica_ranks, strict=True
+        ):
+            tokens = unpack(step.acks[ranks[0]].tokens).tolist()
+            if len(tokens) != len(plan.sampled):
+                raise Desync(
+                    ranks[0],
+                    f"rank {ranks[0]} sampled {len(tokens)} tokens in step {step.number} and its "
+                    f"plan has {len(plan.sampled)}",
+                )
+            accepted.append(scheduler.apply(step.number, tokens))
+        return StepDone(step.number, step.plans, accepted, step.acks)
+
+
+def _mode(plans: Sequence[Plan]) -> int:
+    decodes = any(plan.decodes for plan in plans)
+    chunks = any(plan.chunks for plan in plans)
+    if decodes and chunks:
+        return Mode.MIXED
+    return Mode.DECODE if decodes else Mode.EXTEND if chunks else Mode.IDLE
+
+
+def _same(step: Step, ranks: list[int], what: str, sentence: str) -> None:
+    """All `ranks` must report the same; the odd one out is named, or the later one of two."""
+    values = [getattr(step.acks[rank], what) for rank in ranks]
+    if values.count(values[0]) == len(values):
+        return
+    common = Counter(values).most_common(1)[0][0]
+    odd = [rank for rank, value in zip(ranks, values, strict=True) if value != common]
+    others = [rank for rank in ranks if rank not in odd]
+    raise Desync(
+        odd[0],
+        f"ranks {odd} {sentence} than ranks {others} in step {step.number}: "
+        "the step is stopped and none of its tokens released",
+    )
