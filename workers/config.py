@@ -36,6 +36,8 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """Requests of one replica that may run at once."""
     max_num_batched_tokens: int = 8192
     """Tokens one replica may compute in one step."""
+    max_queued_requests: int = 4096
+    """Requests that may wait for a slot; one more is answered 429."""
     max_model_len: int | None = None
     """Longest prompt plus output, in tokens; unset takes the model's own limit."""
     kv_cache_gb: float | None = None
@@ -104,7 +106,9 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 class Failpoint(Struct, frozen=True):
     """A planted fault, for tests: at `step` of `epoch`, `rank` does what `action` says."""
 
-    action: Literal["kill", "stop", "skip_collective", "corrupt_ids", "slow", "raise"]
+    action: Literal[
+        "kill", "stop", "skip_collective", "corrupt_ids", "slow", "raise", "skip_step"
+    ]
     rank: int
     step: int
     epoch: int = 1
@@ -125,3 +129,20 @@ class Environment(Struct, frozen=True, kw_only=True):
             cache_dir=Path(os.environ.get("LOCKSTEP_CACHE_DIR", str(default))),
             failpoints=os.environ.get("LOCKSTEP_FAILPOINTS", ""),
         )
+
+
+PASSED_ON = ("NCCL_", "TORCH_SYMM_MEM_", "TORCH_NCCL_", "NVSHMEM_", "GLOO_", "CUDA_")
+
+
+def passed_on_environment() -> dict[str, str]:
+    """Variables of the driver's process that its ranks on other nodes must see too."""
+    kept = {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
+    kept.pop("CUDA_VISIBLE_DEVICES", None)  # a rank's own, never its driver's
+    return kept | {"PYTHONPATH": _python_path()}
+
+
+def _python_path() -> str:
+    """The folder of our packages before what the driver has: another `kernels` must not win."""
+    ours = str(Path(__file__).resolve().parent.parent)
+    rest = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    return os.pathsep.join([ours, *(path for path in rest if path != ours)])

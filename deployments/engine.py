@@ -1,0 +1,530 @@
+"""The engine: requests in, tokens out, and ranks kept in step between them.
+
+`Engine` runs one thread with one poller over three things: the ingresses' ROUTER, the workers'
+ROUTER and the fleet's death notices. A turn reads what has come, feeds it to the `Gang` of the
+present epoch, sends the plans that can be made, and tells the ingresses. When a rank dies, lies,
+is silent or late, the epoch ends: readiness is withdrawn at once, every rank is ended, and a new
+epoch starts; the ingresses keep their requests and send them again. Starting and ending ranks takes
+seconds, so a helper thread does it while this one goes on answering.
+
+The engine knows nothing of Ray or HTTP: `LLM`, the tests and the Serve driver all use this class.
+"""
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import zmq
+from msgspec import Struct
+
+from deployments.domain import StepDone
+from deployments.fleet import Fleet
+from deployments.gang import MISSED_BEATS, Gang, GangFailed
+from deployments.ingress_link import Ingress, IngressLink
+from deployments.messages import (
+    Cancel,
+    DriverBeat,
+    EngineInfo,
+    Finish,
+    FromIngress,
+    Refused,
+    Submit,
+    Tokens,
+)
+from deployments.pages import page_names
+from deployments.requests import Finish as FinishReason
+from deployments.requests import Request
+from deployments.scheduler import RequestTooLarge, Scheduler, route
+from deployments.sockets import IpcDir, ServerKeys, bind_router
+from deployments.worker_link import WorkerLink
+from workers.config import EngineConfig, Environment
+from workers.protocol import TokenLogprobs, unpack
+from workers.spec import WorkerSpec
+
+log = logging.getLogger("lockstep.engine")
+
+RESTART_BUDGET = 5
+RESTART_WINDOW_S = 600.0
+"""More than `RESTART_BUDGET` epochs lost within this time and the engine gives up: whoever watches
+it (Serve, Kubernetes) starts it on fresh ground."""
+
+
+class EngineFailed(RuntimeError):
+    """The engine could not start, or has given up; the message says why."""
+
+
+class Health(Struct, frozen=True):
+    """What `/readyz` and Serve's health check look at."""
+
+    ready: bool
+    epoch: int
+    reason: str
+    """Why it is not ready; empty when it is."""
+    oldest_step_s: float
+    """Age of the oldest step under way."""
+    hopeless: bool = False
+    """It has given up."""
+
+
+@dataclass(slots=True)
+class Counters:
+    """What the engine has done since it started, over all epochs."""
+
+    num_steps: int = 0
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_output_tokens: int = 0
+    num_preemptions: int = 0
+    num_recoveries: int = 0
+    last_recovery_s: float = 0.0
+    outcomes: dict[str, int] = field(default_factory=dict)
+    """Requests that ended here, by finish reason."""
+    step_seconds: dict[int, float] = field(default_factory=dict)
+    """Time of each rank's last step."""
+
+
+class Engine:
+    def __init__(
+        self,
+        config: EngineConfig,
+        fleet: Fleet,
+        *,
+        node_ip: str = "127.0.0.1",
+        node_id: str = "local",
+        listen_tcp: bool = False,
+        on_progress: Callable[[str], None] = lambda sentence: None,
+    ) -> None:
+        """`listen_tcp` opens (CURVE-encrypted) ports on `node_ip` for ranks and ingresses on
+        other nodes; without it there are only unix sockets."""
+        self.config = config
+        self.fleet = fleet
+        self.node_ip = node_ip
+        self.node_id = node_id
+        self.listen_tcp = listen_tcp
+        self.counters = Counters()
+        self._on_progress = on_progress
+        self._context = zmq.Context()
+        self._ipc_dir = IpcDir()
+        self._keys = ServerKeys(self._context)
+        self._ingress_socket = bind_router(
+            self._context,
+            ipc_path=self._ipc_dir.path / "driver",
+            tcp_ip=node_ip if listen_tcp else None,
+            keys=self._keys,
+        )
+        self._ingresses = IngressLink(self._ingress_socket.socket)
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="lockstep-fleet")
+        self._launching: Future[None] | None = None
+        self._gang: Gang | None = None
+        self._link: WorkerLink | None = None
+        self._requests: dict[tuple[bytes, int], tuple[Request, Scheduler]] = {}
+        self._num_arrivals = 0
+        self._epoch = 0
+        self._lost_at: float | None = None
+        self._losses: deque[float] = deque()
+        self._reason = "starting"
+        self._hopeless: str | None = None
+        self._ready = threading.Event()
+        self._over = threading.Event()
+        self._stopping = False
+        self._next_beat = 0.0
+        self._thread = threading.Thread(target=self._run, name="lockstep-engine", daemon=True)
+
+    # What other threads may call
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def wait_ready(self) -> None:
+        """Return when all ranks serve; raise `EngineFailed` if they never will."""
+        while not self._ready.wait(0.05):
+            if self._over.is_set():
+                raise EngineFailed(self._hopeless or "the engine was stopped")
+
+    def info(self) -> EngineInfo:
+        """Where ingresses connect and what is served; call after `wait_ready`."""
+        gang = self._gang
+        model = gang.model if gang else None
+        if model is None:
+            raise EngineFailed(f"the engine is not ready: {self._reason}")
+        return EngineInfo(
+            epoch=self._epoch,
+            node_id=self.node_id,
+            ipc_address=self._ingress_socket.ipc_address,
+            tcp_address=self._ingress_socket.tcp_address,
+            server_key=self._keys.server_public,
+            client_public_key=self._keys.client_public,
+            client_secret_key=self._keys.client_secret,
+            max_model_len=model.max_model_len,
+            vocab_size=model.vocab_size,
+            stop_token_ids=model.stop_token_ids,
+            beat_ms=self.config.beat_ms,
+        )
+
+    def health(self) -> Health:
+        gang = self._gang
+        return Health(
+            ready=self._ready.is_set(),
+            epoch=self._epoch,
+            reason="" if self._ready.is_set() else self._reason,
+            oldest_step_s=gang.oldest_step_age(time.monotonic()) if gang else 0.0,
+            hopeless=self._hopeless is not None,
+        )
+
+    def stop(self) -> None:
+        """End every rank and release everything; returns when that is done."""
+        self._stopping = True
+        if self._thread.is_alive():
+            self._thread.join()
+
+    # The loop
+
+    def _run(self) -> None:
+        try:
+            self._launch(time.monotonic())
+            while not self._stopping and self._hopeless is None:
+                self._turn()
+        except Exception:
+            log.exception("the engine's loop failed")
+            self._hopeless = "the engine's loop failed; its log has the traceback"
+        finally:
+            self._ready.clear()
+            self._tell_all()
+            self._close()
+            self._over.set()
+
+    def _turn(self) -> None:
+        """One turn of the loop: read, advance, plan, tell."""
+        self._poll()
+        now = time.monotonic()
+        for ingress, message in self._ingresses.receive(now):
+            self._on_ingress(ingress, message)
+            if ingress.is_new:
+                ingress.is_new = False
+                self._ingresses.send(ingress.identity, self._beat())
+        try:
+            for death in self.fleet.deaths():
+                raise GangFailed(death.sentence, death.rank)
+            self._advance(now)
+        except GangFailed as failure:
+            self._lose_epoch(failure, now)
+        if now >= self._next_beat:
+            self._next_beat = now + self.config.beat_ms / 1000
+            self._tell_all()
+            self._drop_silent_ingresses(now)
+
+    def _poll(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self._ingresses.socket, zmq.POLLIN)
+        poller.register(self.fleet.wake, zmq.POLLIN)
+        if self._link is not None:
+            poller.register(self._link.socket, zmq.POLLIN)
+        wait_s = max(0.0, self._next_beat - time.monotonic())
+        if self._launching is not None:
+            wait_s = min(wait_s, 0.02)
+        poller.poll(wait_s * 1000)
+
+    def _advance(self, now: float) -> None:
+        if self._launching is not None and self._launching.done():
+            launched, self._launching = self._launching, None
+            error = launched.exception()
+            if error is not None:
+                raise GangFailed(str(error)) from error
+        gang, link = self._gang, self._link
+        if gang is None or link is None:
+            return
+        for rank, message in link.receive():
+            for step in gang.on_message(rank, message, now):
+                self._on_step(step)
+        gang.check(now)
+        if gang.serving and not self._ready.is_set():
+            self._on_serving(now)
+        gang.pump(now)
+
+    # Epochs
+
+    def _launch(self, now: float) -> None:
+        """Start the next epoch's ranks, in the helper thread."""
+        self._epoch += 1
+        epoch = self._epoch
+        self._link = WorkerLink(
+            self._context,
+            ipc_dir=self._ipc_dir.path,
+            node_ip=self.node_ip,
+            remote=self.listen_tcp,
+            keys=self._keys,
+            world_size=self.config.layout.world_size,
+            epoch=epoch,
+        )
+        self._gang = Gang(
+            self.config,
+            epoch=epoch,
+            now=now,
+            send=self._link.send,
+            on_progress=self._on_progress,
+        )
+        specs = [
+            WorkerSpec(
+                epoch=epoch,
+                rank=rank,
+                config=self.config,
+                ipc_address=self._link.ipc_address,
+                tcp_address=self._link.tcp_address,
+                server_key=self._keys.server_public,
+                client_public_key=self._keys.client_public,
+                client_secret_key=self._keys.client_secret,
+                failpoints=Environment.read().failpoints,
+            )
+            for rank in range(self.config.layout.world_size)
+        ]
+
+        def relaunch() -> None:
+            self.fleet.kill()
+            self.fleet.start(specs)
+
+        self._launching = self._executor.submit(relaunch)
+
+    def _on_serving(self, now: float) -> None:
+        self._reason = ""
+        self._losses_within(now)
+        if self._lost_at is not None:
+            self.counters.num_recoveries += 1
+            self.counters.last_recovery_s = now - self._lost_at
+            log.warning("epoch %d serves after %.2f s", self._epoch, now - self._lost_at)
+            self._lost_at = None
+        self._ready.set()
+        self._on_progress(f"ready: epoch {self._epoch}")
+        self._tell_all()
+
+    def _lose_epoch(self, failure: GangFailed, now: float) -> None:
+        """Withdraw readiness first of all, then end the ranks and start again."""
+        was_ready = self._ready.is_set()
+        self._ready.clear()
+        self._reason = str(failure)
+        self._tell_all()
+        log.error("epoch %d is over: %s", self._epoch, failure)
+        self._on_progress(str(failure))
+        self._requests.clear()
+        self._gang = None
+        if self._link is not None:
+            self._link.close()
+            self._link = None
+        self._losses.append(now)
+        if not was_ready and self.counters.num_steps == 0:
+            self._hopeless = str(failure)  # it has never served: trying again would not help
+        elif self._losses_within(now) > RESTART_BUDGET:
+            self._hopeless = (
+                f"{len(self._losses)} epochs were lost within {RESTART_WINDOW_S:.0f} s, "
+                f"the last one because: {failure}"
+            )
+        else:
+            self._lost_at = self._lost_at or now
+            self._launch(now)
+
+    def _losses_within(self, now: float) -> int:
+        while self._losses and now - self._losses[0] > RESTART_WINDOW_S:
+            self._losses.popleft()
+        return len(self._losses)
+
+    def _close(self) -> None:
+        if self._gang is not None:
+            self._gang.stop()
+        self._executor.submit(self.fleet.stop).result()
+        self._executor.shutdown()
+        if self._link is not None:
+            self._link.close()
+        self._ingress_socket.close()
+        self._keys.close()
+        self._context.destroy(linger=0)
+        self._ipc_dir.remove()
+
+    # Requests
+
+    def _on_ingress(self, ingress: Ingress, message: FromIngress) -> None:
+        match message:
+            case Submit():
+                self._on_submit(ingress, message)
+            case Cancel():
+                self._end(ingress.identity, message.request, FinishReason.CANCELLED)
+            case Finish():
+                self._end(ingress.identity, message.request, FinishReason.STOP)
+
+    def _on_submit(self, ingress: Ingress, submit: Submit) -> None:
+        gang = self._gang
+        if submit.epoch != self._epoch or gang is None or not gang.serving or gang.model is None:
+            return  # the ingress hears of the epoch it should have named, and submits again
+        key = (ingress.identity, submit.request)
+        request = Request(
+            key=key,
+            tokens=unpack(submit.tokens).tolist(),
+            num_prompt=submit.num_prompt,
+            max_tokens=submit.max_tokens,
+            stop_token_ids=frozenset(submit.stop_token_ids),
+            sampling=submit.sampling,
+            salt=submit.salt,
+            arrival=self._num_arrivals,
+        )
+        refusal = self._refusal(request, gang)
+        if refusal is not None:
+            self._ingresses.send(ingress.identity, refusal)
+            return
+        schedulers = gang.schedulers
+        page_size = self.config.page_size
+        chosen = route(
+            schedulers,
+            len(request.tokens),
+            lambda: page_names(request.tokens, page_size=page_size, salt=request.salt),
+        )
+        try:
+            schedulers[chosen].add(request)
+        except RequestTooLarge as error:
+            self._ingresses.send(
+                ingress.identity,
+                Refused(submit.request, 400, str(error), "max_tokens", "context_length_exceeded"),
+            )
+            return
+        self._num_arrivals += 1
+        self._requests[key] = (request, schedulers[chosen])
+
+    def _refusal(self, request: Request, gang: Gang) -> Refused | None:
+        """The driver's own guard, whatever the ingress has checked already."""
+        number = request.key[1]
+        model = gang.model
+        if model is None or request.key in self._requests:
+            return Refused(number, 400, "this request is already running", "request")
+        if request.num_prompt > len(request.tokens):
+            return Refused(number, 400, "the prompt is longer than the tokens sent", "prompt")
+        if request.num_output >= request.max_tokens:
+            return Refused(number, 400, "nothing is left to generate", "max_tokens")
+        if any(not 0 <= token < model.vocab_size for token in request.tokens):
+            sentence = f"token ids must be from 0 to {model.vocab_size - 1}"
+            return Refused(number, 400, sentence, "prompt")
+        if request.num_prompt + request.max_tokens > model.max_model_len:
+            sentence = (
+                f"{request.num_prompt} prompt tokens and {request.max_tokens} output tokens are "
+                f"more than the model's {model.max_model_len}"
+            )
+            return Refused(number, 400, sentence, "max_tokens", "context_length_exceeded")
+        num_waiting = sum(len(scheduler.waiting) for scheduler in gang.schedulers)
+        if num_waiting >= self.config.max_queued_requests:
+            sentence = f"{num_waiting} requests are waiting already; try again later"
+            return Refused(number, 429, sentence, None, "rate_limit_exceeded")
+        return None
+
+    def _end(self, identity: bytes, number: int, finish: FinishReason) -> None:
+        """The client is gone, or has all it wants: no later plan names the request."""
+        found = self._requests.pop((identity, number), None)
+        if found is None:
+            return
+        request, scheduler = found
+        scheduler.cancel(request, finish)
+        self._count(request)
+
+    def _count(self, request: Request) -> None:
+        if request.finish is not None:
+            outcomes = self.counters.outcomes
+            outcomes[request.finish] = outcomes.get(request.finish, 0) + 1
+
+    def _drop_silent_ingresses(self, now: float) -> None:
+        for gone in self._ingresses.silent(now, MISSED_BEATS * self.config.beat_ms / 1000):
+            self._cancel_all_of(gone.identity)
+
+    def _cancel_all_of(self, identity: bytes) -> None:
+        for owner, number in [key for key in self._requests if key[0] == identity]:
+            self._end(owner, number, FinishReason.CANCELLED)
+
+    # Tokens
+
+    def _on_step(self, step: StepDone) -> None:
+        """Hand each ingress what this step gave its requests, in one message."""
+        counters = self.counters
+        counters.num_steps += 1
+        for rank, ack in step.acks.items():
+            counters.step_seconds[rank] = ack.seconds
+        outbox: dict[bytes, Tokens] = {}
+        epoch = self._epoch
+        for plan, accepted in zip(step.plans, step.accepted, strict=True):
+            counters.num_prompt_tokens += sum(chunk.num_tokens for chunk in plan.chunks)
+            for entry in accepted:
+                if entry is None:
+                    continue
+                request, index, token = entry
+                identity, number = request.key
+                box = outbox.get(identity)
+                if box is None:
+                    box = outbox[identity] = Tokens(epoch, [], [], [], [], [], [], [])
+                box.requests.append(number)
+                box.indexes.append(index)
+                box.tokens.append(token)
+                if request.finish is not None:
+                    box.finished.append((number, request.finish))
+                    self._requests.pop(request.key, None)
+                    self._count(request)
+            counters.num_output_tokens += len(accepted)
+        self._add_extras(step, outbox)
+        for identity, box in outbox.items():
+            if not self._ingresses.send(identity, box):
+                self._cancel_all_of(identity)
+
+    def _add_extras(self, step: StepDone, outbox: dict[bytes, Tokens]) -> None:
+        """Log-probabilities and prefix hits, for the requests that have some."""
+        for plan, accepted in zip(step.plans, step.accepted, strict=True):
+            first_tokens = accepted[len(plan.decodes) :]
+            for entry in first_tokens:
+                if entry is not None and entry[1] == 0:
+                    identity, number = entry[0].key
+                    outbox[identity].num_cached.append((number, max(0, entry[0].num_cached)))
+                    self.counters.num_cached_tokens += max(0, entry[0].num_cached)
+        for ack in step.acks.values():
+            if ack.logprobs or ack.prompt_logprobs:
+                replica = self.config.layout.coordinates(ack.rank).attn_dp
+                self._add_logprobs(step, replica, ack.logprobs, outbox)
+                self._add_prompt_logprobs(step, replica, ack.prompt_logprobs, outbox)
+
+    def _add_logprobs(
+        self,
+        step: StepDone,
+        replica: int,
+        logprobs: tuple[tuple[int, TokenLogprobs], ...],
+        outbox: dict[bytes, Tokens],
+    ) -> None:
+        accepted = step.accepted[replica]
+        for row, values in logprobs:
+            entry = accepted[row]
+            if entry is not None:
+                identity, number = entry[0].key
+                outbox[identity].logprobs.append((number, entry[1], values))
+
+    def _add_prompt_logprobs(
+        self,
+        step: StepDone,
+        replica: int,
+        prompt_logprobs: tuple[tuple[int, int, tuple[TokenLogprobs, ...]], ...],
+        outbox: dict[bytes, Tokens],
+    ) -> None:
+        owners = {chunk.slot: chunk.request for chunk in step.plans[replica].chunks}
+        for slot, position, values in prompt_logprobs:
+            request = owners[slot]
+            if request.finish is None or request.num_output > 0:
+                identity, number = request.key
+                box = outbox.setdefault(identity, Tokens(self._epoch, [], [], [], [], [], [], []))
+                box.prompt_logprobs.append((number, position, values))
+
+    def _beat(self) -> DriverBeat:
+        schedulers = self._gang.schedulers if self._gang else []
+        return DriverBeat(
+            epoch=self._epoch,
+            ready=self._ready.is_set(),
+            num_waiting=sum(len(s.waiting) for s in schedulers),
+            num_running=sum(s.num_running for s in schedulers),
+        )
+
+    def _tell_all(self) -> None:
+        beat = self._beat()
+        for identity in list(self._ingresses.ingresses):
+            if not self._ingresses.send(identity, beat):
+                self._cancel_all_of(identity)

@@ -1,0 +1,269 @@
+"""One epoch of the engine's ranks: from their first Hello to the last acknowledged step.
+
+`Gang` is the driver's side of the conversation in `workers.protocol`. It turns messages into the
+next messages (all have said Hello -> Start; all Ready -> Serve; all Started -> steps), drives the
+lockstep domains, and notices what is wrong: a rank that says so, disagrees, is silent or late. Any
+of that is a `GangFailed` that names the rank; the engine then ends the epoch and starts another.
+
+Time comes in as `now` (seconds, monotonic), messages go out through `send`: tests need no socket.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from deployments.domain import Desync, Domain, StepDone
+from deployments.scheduler import Scheduler
+from workers.config import EngineConfig
+from workers.protocol import (
+    PROTOCOL_VERSION,
+    Ack,
+    Beat,
+    Failed,
+    FromWorker,
+    Hello,
+    Progress,
+    Ready,
+    Serve,
+    Start,
+    Started,
+    Stop,
+    encode,
+)
+
+MISSED_BEATS = 8
+"""So many heartbeats without a sign are a death (design decision 16)."""
+
+LOADING_PATIENCE = 15
+"""Until it serves, a rank may be silent this much longer: loading holds the interpreter at times."""
+
+Send = Callable[..., None]
+"""`send(rank, *frames)`."""
+
+
+class GangFailed(Exception):
+    """The epoch is over because of `rank` (or None); the message is for the operator."""
+
+    def __init__(self, sentence: str, rank: int | None = None) -> None:
+        super().__init__(sentence)
+        self.rank = rank
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """What the workers found in the checkpoint, the same on all ranks."""
+
+    max_model_len: int
+    vocab_size: int
+    stop_token_ids: tuple[int, ...]
+    num_pages: int
+    """Pages of each replica."""
+
+
+class Gang:
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        epoch: int,
+        now: float,
+        send: Send,
+        on_progress: Callable[[str], None] = lambda sentence: None,
+    ) -> None:
+        self.config = config
+        self.layout = config.layout
+        self.epoch = epoch
+        self.model: Model | None = None
+        self.domains: list[Domain] = []
+        self.serving = False
+        self.num_steps = 0
+        self._send = send
+        self._on_progress = on_progress
+        self._hello: dict[int, Hello] = {}
+        self._ready: dict[int, Ready] = {}
+        self._started: set[int] = set()
+        self._progress: dict[int, Progress] = {}
+        self._started_at = now
+        self._last_heard: dict[int, float] = {}
+        self._last_step: dict[int, int] = {}
+        self._sent_at: dict[tuple[int, int], float] = {}
+        self._shown = ""
+
+    @property
+    def schedulers(self) -> list[Scheduler]:
+        """All replicas' schedulers, domain by domain."""
+        return [scheduler for domain in self.domains for scheduler in domain.schedulers]
+
+    def on_message(self, rank: int, message: FromWorker, now: float) -> list[StepDone]:
+        """Take one message of this epoch; returns the steps it completes."""
+        self._last_heard[rank] = now
+        match message:
+            case Ack():
+                return self._on_ack(message)
+            case Beat():
+                self._last_step[rank] = message.step
+            case Progress():
+                self._progress[rank] = message
+                self._show_progress()
+            case Hello():
+                self._on_hello(message)
+            case Ready():
+                self._on_ready(message)
+            case Started():
+                self._on_started(rank)
+            case Failed():
+                raise GangFailed(f"rank {rank} failed: {message.reason}", rank)
+        return []
+
+    def pump(self, now: float) -> None:
+        """Send every step that can be planned now."""
+        for domain in self.domains if self.serving else ():
+            while domain.can_step:
+                step = domain.next_step()
+                self._sent_at[domain.index, step.number] = now
+                self.num_steps += 1
+                for body, ranks in zip(step.bodies, domain.replica_ranks, strict=True):
+                    for rank in ranks:
+                        self._send(rank, b"s", step.header, body)
+
+    def check(self, now: float) -> None:
+        """Raise `GangFailed` if a rank has been silent or a step under way for too long."""
+        silence = MISSED_BEATS * self.config.beat_ms / 1000
+        if not self.serving:
+            silence *= LOADING_PATIENCE
+        silent = [rank for rank, heard in self._last_heard.items() if now - heard > silence]
+        if silent:
+            raise GangFailed(
+                f"ranks {silent} have not been heard for {silence:.1f} s "
+                f"(heartbeats are {self.config.beat_ms} ms apart)",
+                silent[0],
+            )
+        if not self.serving:
+            if now - self._started_at > self.config.start_timeout_s:
+                raise GangFailed(self._late_start())
+            return
+        for domain in self.domains:
+            if domain.under_way:
+                step = domain.under_way[0].number
+                if now - self._sent_at[domain.index, step] > self.config.step_timeout_s:
+                    raise self._late_step(domain, step)
+
+    def oldest_step_age(self, now: float) -> float:
+        """Seconds since the oldest step under way was sent; 0 when there is none."""
+        return max((now - sent for sent in self._sent_at.values()), default=0.0)
+
+    def stop(self) -> None:
+        """Tell every rank to leave."""
+        message = encode(Stop(self.epoch))
+        for rank in self._hello:
+            self._send(rank, b"m", message)
+
+    def _on_ack(self, ack: Ack) -> list[StepDone]:
+        domain = self.domains[self.layout.coordinates(ack.rank).domain]
+        self._last_step[ack.rank] = ack.step
+        try:
+            done = domain.on_ack(ack)
+        except Desync as error:
+            raise GangFailed(str(error), error.rank) from error
+        for step in done:
+            del self._sent_at[domain.index, step.number]
+        return done
+
+    def _on_hello(self, hello: Hello) -> None:
+        if hello.version != PROTOCOL_VERSION:
+            raise GangFailed(
+                f"rank {hello.rank} speaks protocol {hello.version} and the driver "
+                f"{PROTOCOL_VERSION}: install the same version of lockstep on all nodes",
+                hello.rank,
+            )
+        self._hello[hello.rank] = hello
+        self._on_progress(f"{len(self._hello)} of {self.layout.world_size} ranks are up")
+        if len(self._hello) < self.layout.world_size:
+            return
+        self._refuse_shared_devices()
+        for domain in range(self.layout.num_domains):
+            ranks = self.layout.domain_ranks(domain)
+            first = self._hello[ranks[0]]
+            message = encode(Start(self.epoch, first.node_ip, first.store_port))
+            for rank in ranks:
+                self._send(rank, b"m", message)
+
+    def _refuse_shared_devices(self) -> None:
+        owners: dict[str, int] = {}
+        for rank, hello in sorted(self._hello.items()):
+            if hello.device != "cpu" and hello.device in owners:
+                raise GangFailed(
+                    f"ranks {owners[hello.device]} and {rank} were both given GPU {hello.device}: "
+                    "start one raylet a host, or give every raylet its own GPUs",
+                    rank,
+                )
+            owners[hello.device] = rank
+
+    def _on_ready(self, ready: Ready) -> None:
+        self._ready[ready.rank] = ready
+        if len(self._ready) < self.layout.world_size:
+            return
+        every = list(self._ready.values())
+        num_pages = min(one.max_pages for one in every)
+        self.model = Model(
+            every[0].max_model_len, every[0].vocab_size, every[0].stop_token_ids, num_pages
+        )
+        longest = self.model.max_model_len
+        if num_pages * self.config.page_size < longest:
+            raise GangFailed(
+                f"the cache holds {num_pages} pages of {self.config.page_size} tokens, less than "
+                f"one request of max_model_len={longest}: lower max_model_len to "
+                f"{num_pages * self.config.page_size} or give the cache more memory"
+            )
+        message = encode(Serve(self.epoch, num_pages))
+        for rank in self._ready:
+            self._send(rank, b"m", message)
+
+    def _on_started(self, rank: int) -> None:
+        self._started.add(rank)
+        if len(self._started) < self.layout.world_size or self.model is None:
+            return
+        for index in range(self.layout.num_domains):
+            schedulers = [
+                Scheduler(
+                    num_pages=self.model.num_pages,
+                    page_size=self.config.page_size,
+                    max_num_seqs=self.config.max_num_seqs,
+                    max_num_batched_tokens=self.config.max_num_batched_tokens,
+                    enable_prefix_caching=self.config.enable_prefix_caching,
+                )
+                for _ in range(self.layout.num_replicas)
+            ]
+            depth = 2 if self.config.overlap else 1
+            self.domains.append(
+                Domain(self.layout, index, schedulers, epoch=self.epoch, depth=depth)
+            )
+        self.serving = True
+
+    def _show_progress(self) -> None:
+        """One line for all ranks: the stage of the slowest."""
+        slowest = min(self._progress.values(), key=lambda p: p.done / max(1, p.total))
+        percent = 100 * slowest.done // max(1, slowest.total)
+        line = f"{slowest.stage} {percent}%"
+        if line != self._shown and (percent % 10 == 0 or slowest.stage not in self._shown):
+            self._shown = line
+            self._on_progress(line)
+
+    def _late_start(self) -> str:
+        world = range(self.layout.world_size)
+        for stage, seen in (("said Hello", self._hello), ("loaded the model", self._ready)):
+            missing = [rank for rank in world if rank not in seen]
+            if missing:
+                return f"ranks {missing} have not {stage} within {self.config.start_timeout_s:g} s"
+        missing = [rank for rank in world if rank not in self._started]
+        return f"ranks {missing} have not started within {self.config.start_timeout_s:g} s"
+
+    def _late_step(self, domain: Domain, step: int) -> GangFailed:
+        """Who holds the step up: ranks that have not begun it, else those that have not ended it."""
+        late = domain.late_ranks()
+        behind = [rank for rank in late if self._last_step.get(rank, -1) < step]
+        culprits = behind if behind and len(behind) < len(domain.ranks) else late
+        doing = "have not begun" if culprits is behind else "have not finished"
+        return GangFailed(
+            f"ranks {culprits} {doing} step {step} within {self.config.step_timeout_s:g} s",
+            culprits[0],
+        )
