@@ -1,0 +1,137 @@
+"""Attention of a step over the paged cache: what is prepared once a step, and which kernel runs.
+
+`PagedAttention` splits a step's rows into its decodes and its chunks, prepares for each what all
+layers share (page lists, masks), and calls a kernel a layer. A back end is the two methods
+`_decode` and `_chunk`; there is one today, torch's, for CPUs and as the reference.
+
+Shapes: T rows, B decodes, H heads, G kv heads, D head dim, N pages.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels.paged_attention import chunk_attention, decode_attention, decode_mask, store_kv
+from workers.batch import BatchState, Chunk, StepRows
+from workers.cache import KVCache
+
+
+class _Decodes(NamedTuple):
+    """The step's decodes, padded to the longest."""
+
+    num_seqs: int
+    positions_B: Tensor
+    length: int
+    pages_BN: Tensor
+    masks: dict[int | None, Tensor]
+    """By sliding window; made by the first layer that needs it."""
+
+
+class PagedAttention:
+    """Made once; `prepare` is called once a step, before the model's forward."""
+
+    def __init__(self, cache: KVCache, state: BatchState, device: torch.device) -> None:
+        self._cache = cache
+        self._state = state
+        self._device = device
+        self._kv_rows_T = torch.empty(0, dtype=torch.int64, device=device)
+        self._decodes: _Decodes | None = None
+        self._chunks: list[tuple[Chunk, Tensor]] = []
+        self._pages_of = (-1, -1)
+        self._pages_BN = torch.empty(0, dtype=torch.int32, device=device)
+
+    def prepare(self, rows: StepRows, positions_T: Tensor, kv_rows_T: Tensor) -> None:
+        """Take a step's rows; the tensors are `rows`' own, on the device."""
+        self._kv_rows_T = kv_rows_T
+        self._decodes = self._prepare_decodes(rows, positions_T)
+        self._chunks = [(chunk, self._chunk_pages(chunk)) for chunk in rows.chunks]
+
+    def attend(
+        self,
+        layer: int,
+        q_THD: Tensor,
+        k_TGD: Tensor,
+        v_TGD: Tensor,
+        *,
+        scale: float,
+        sliding_window: int | None,
+    ) -> Tensor:
+        """See `workers.batch.Attention`."""
+        keys_XGD, values_XGD = self._cache.rows(layer)
+        store_kv(keys_XGD, self._kv_rows_T, k_TGD)
+        store_kv(values_XGD, self._kv_rows_T, v_TGD)
+        decodes = self._decodes
+        if decodes is not None and not self._chunks:
+            return self._decode(layer, q_THD, decodes, scale, sliding_window)
+        parts: list[Tensor] = []
+        if decodes is not None:
+            q_BHD = q_THD[: decodes.num_seqs]
+            parts.append(self._decode(layer, q_BHD, decodes, scale, sliding_window))
+        for chunk, pages_N in self._chunks:
+            q_CHD = q_THD[chunk.row : chunk.row + chunk.length]
+            parts.append(self._chunk(layer, q_CHD, chunk, pages_N, scale, sliding_window))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _decode(
+        self, layer: int, q_BHD: Tensor, decodes: _Decodes, scale: float, window: int | None
+    ) -> Tensor:
+        keys_PSGD, values_PSGD = self._cache.layer(layer)
+        return decode_attention(
+            q_BHD,
+            keys_PSGD,
+            values_PSGD,
+            decodes.pages_BN,
+            length=decodes.length,
+            mask_B11L=self._mask(decodes, window, q_BHD.dtype),
+            scale=scale,
+        )
+
+    def _chunk(
+        self,
+        layer: int,
+        q_CHD: Tensor,
+        chunk: Chunk,
+        pages_N: Tensor,
+        scale: float,
+        window: int | None,
+    ) -> Tensor:
+        keys_PSGD, values_PSGD = self._cache.layer(layer)
+        return chunk_attention(
+            q_CHD,
+            keys_PSGD,
+            values_PSGD,
+            pages_N,
+            start=chunk.start,
+            scale=scale,
+            sliding_window=window,
+        )
+
+    def _prepare_decodes(self, rows: StepRows, positions_T: Tensor) -> _Decodes | None:
+        count = len(rows.decode_slots_B)
+        if count == 0:
+            return None
+        length = int(rows.positions_T[:count].max()) + 1
+        num_pages = -(-length // self._cache.page_size)
+        # The page lists are those of the step before unless a slot came, went or grew.
+        if self._pages_of != (self._state.table_version, num_pages):
+            table = self._state.page_table_SN[rows.decode_slots_B, :num_pages]
+            self._pages_BN = torch.from_numpy(table.reshape(-1)).to(self._device)
+            self._pages_of = (self._state.table_version, num_pages)
+        return _Decodes(count, positions_T[:count], length, self._pages_BN, {})
+
+    def _chunk_pages(self, chunk: Chunk) -> Tensor:
+        num_pages = -(-chunk.stop // self._cache.page_size)
+        pages = self._state.page_table_SN[chunk.slot, :num_pages].copy()
+        return torch.from_numpy(pages).to(self._device)
+
+    def _mask(self, decodes: _Decodes, window: int | None, dtype: torch.dtype) -> Tensor | None:
+        if window is not None and window >= decodes.length:
+            window = None
+        if window is None and decodes.num_seqs == 1:
+            return None
+        if window not in decodes.masks:
+            decodes.masks[window] = decode_mask(
+                decodes.positions_B, decodes.length, sliding_window=window, dtype=dtype
+            )
+        return decodes.masks[window]

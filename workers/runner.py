@@ -1,0 +1,412 @@
+"""One rank's engine room: a step's header and body go in, its tokens come out.
+
+`launch` queues everything a step needs and returns; `finish` waits for the tokens. On a CPU the
+work is done when `launch` returns. Between the two lies the overlap: step n+1 may be launched
+before step n is finished, because what n+1 needs of n never leaves the device.
+
+Nothing here talks to the driver (that is `workers.worker`) or knows an architecture.
+
+Shapes: T rows of the step, R rows that sample, D model width.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from parallel.groups import Groups, Ledger
+from parallel.layout import Layout
+from workers.attention import PagedAttention
+from workers.batch import BatchState, Chunk, ForwardBatch, ProtocolError, StepRows
+from workers.cache import KVCache, bytes_per_page, pages_that_fit
+from workers.config import EngineConfig
+from workers.protocol import Admit, Body, Header, Sampling, TokenLogprobs, pack
+from workers.sampling import PendingLogprobs, Sampler, token_logprobs
+
+GIB = 2**30
+CPU_CACHE_GB = 1.0
+LOGIT_BLOCK_ROWS = 256
+"""Rows of a prompt whose logits are held at once, when their log-probabilities are wanted."""
+
+ReportProgress = Callable[[str, int, int], None]
+"""(stage, done, total)"""
+PromptLogprobs = tuple[int, int, tuple[TokenLogprobs, ...]]
+
+
+class Model(Protocol):
+    """What the runner needs of a model. Sizes are this rank's."""
+
+    @property
+    def num_layers(self) -> int: ...
+    @property
+    def num_kv_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def max_position_embeddings(self) -> int: ...
+    @property
+    def stop_token_ids(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def forward(self, batch: ForwardBatch) -> Tensor:
+        """Hidden states (T, D)."""
+        ...
+
+    def logits(self, hidden_RD: Tensor) -> Tensor:
+        """(R, V) in float32 over the whole vocabulary, on every rank."""
+        ...
+
+
+MakeModel = Callable[[EngineConfig, Layout, int, Groups, torch.device, ReportProgress], Model]
+
+
+class StepResult(NamedTuple):
+    """A step that is done."""
+
+    ids: NDArray[np.int32]
+    """Sampled tokens in row order."""
+    logprobs: tuple[tuple[int, TokenLogprobs], ...]
+    """(index of the logit row, its log-probabilities) for those that asked."""
+    prompt_logprobs: tuple[PromptLogprobs, ...]
+    """(slot, position of the first, log-probabilities of the prompt tokens this step read)."""
+    ledger: bytes
+    """Digest of the collectives that this rank took part in."""
+    poisoned_rows: tuple[int, ...]
+    """Logit rows whose logits have no finite highest; their ids mean nothing."""
+
+
+class _PendingPrompt(NamedTuple):
+    slot: int
+    first: int
+    blocks: list[PendingLogprobs]
+
+
+@dataclass(slots=True, eq=False)
+class PendingStep:
+    """A step whose work is queued: its results, on their way to the host."""
+
+    rows: StepRows
+    ledger: bytes
+    ids_R: Tensor
+    highest_R: Tensor
+    """Each logit row's highest logit."""
+    row_sums_T: Tensor | None
+    """Sums of all hidden rows, where some belong to chunks: not finite if a row is poisoned."""
+    logprobs: PendingLogprobs | None
+    prompt_logprobs: list[_PendingPrompt]
+    done: torch.cuda.Event | None
+    """None on a CPU, where it is done already."""
+
+
+class ModelRunner:
+    """The model, its cache and its sampler on one rank."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        layout: Layout,
+        rank: int,
+        groups: Groups,
+        device: torch.device,
+        progress: ReportProgress,
+        make_model: MakeModel | None = None,
+    ) -> None:
+        self._config = config
+        self._device = device
+        self._ledger: Ledger = groups.ledger
+        with torch.inference_mode():
+            make = load_model if make_model is None else make_model
+            self._model = make(config, layout, rank, groups, device, progress)
+        self.vocab_size = self._model.vocab_size
+        self.stop_token_ids = self._model.stop_token_ids
+        self.max_model_len = _limit_of(config, self._model)
+        progress("measure", 0, 1)
+        self.max_pages = self._count_pages()
+        self._fit_max_model_len()
+        progress("measure", 1, 1)
+
+    def allocate(self, num_pages: int) -> None:
+        """Make the cache and run a request through it, so that the first step finds all warm."""
+        if not 0 < num_pages <= self.max_pages:
+            raise ValueError(f"num_pages={num_pages} must be from 1 to max_pages={self.max_pages}")
+        self._build(num_pages)
+        admit = _dummy_admit(0, 1, self._config.page_size)
+        self._finish(
+            self._run(Body(admits=(admit,), chunk_slots=pack([0]), chunk_lengths=pack([1])))
+        )
+        if self.max_model_len > 1 and self._config.page_size > 1:
+            self._finish(self._run(Body()))
+        self._cache.clear([0])
+        self._state, self._sampler = self._new_state(num_pages), self._new_sampler()
+        self._attention = PagedAttention(self._cache, self._state, self._device)
+
+    def launch(self, header: Header, body: Body, replica: int) -> PendingStep:
+        """Queue a step. A body that this rank cannot obey is a `ProtocolError`."""
+        with torch.inference_mode():
+            rows = self._state.apply(body)
+            _check_header(header, rows, replica)
+            return self._launch(rows, body.admits)
+
+    def is_done(self, pending: PendingStep) -> bool:
+        """Whether `finish` would return without waiting."""
+        return pending.done is None or pending.done.query()
+
+    def finish(self, pending: PendingStep) -> StepResult:
+        """Wait for a step's tokens."""
+        with torch.inference_mode():
+            return self._finish(pending)
+
+    def _run(self, body: Body) -> PendingStep:
+        """A step that no driver asked for."""
+        with torch.inference_mode():
+            return self._launch(self._state.apply(body), body.admits)
+
+    def _launch(self, rows: StepRows, admits: tuple[Admit, ...]) -> PendingStep:
+        if rows.dirty_pages:
+            self._cache.clear(rows.dirty_pages)
+        for admit in admits:
+            self._sampler.admit(admit)
+        if rows.num_rows == 0:
+            nothing = torch.empty(0)
+            return PendingStep(
+                rows, self._ledger.take(), nothing, nothing, None, None, [], done=None
+            )
+        batch = self._batch(rows)
+        hidden_TD = self._model.forward(batch)
+        prompts = [self._prompt_logprobs(chunk, hidden_TD) for chunk in rows.chunks]
+        row_sums_T = hidden_TD.sum(dim=-1, dtype=torch.float32) if rows.chunks else None
+        ids_R = highest_R = torch.empty(0)
+        logprobs = None
+        if rows.num_logit_rows:
+            if rows.chunks:
+                hidden_TD = hidden_TD.index_select(0, batch.logit_rows_R)
+            ids_R, highest_R, logprobs = self._sampler.sample(self._model.logits(hidden_TD), rows)
+        return PendingStep(
+            rows,
+            self._ledger.take(),
+            self._fetch(ids_R),
+            self._fetch(highest_R),
+            None if row_sums_T is None else self._fetch(row_sums_T),
+            None if logprobs is None else logprobs.moved(self._fetch),
+            [prompt for prompt in prompts if prompt is not None],
+            self._mark(),
+        )
+
+    def _batch(self, rows: StepRows) -> ForwardBatch:
+        """The step's rows on the device; decodes read the token that sampling left there."""
+        positions_T = self._upload(rows.positions_T)
+        input_ids_T = self._sampler.last_token_S.index_select(0, self._upload(rows.decode_slots_B))
+        if rows.chunks:
+            parts = [chunk.tokens[chunk.start : chunk.stop] for chunk in rows.chunks]
+            tokens = self._upload(np.concatenate(parts).astype(np.int64))
+            input_ids_T = torch.cat([input_ids_T, tokens])
+        self._attention.prepare(rows, positions_T, self._upload(rows.kv_rows_T))
+        return ForwardBatch(
+            input_ids_T=input_ids_T,
+            positions_T=positions_T,
+            logit_rows_R=self._upload(rows.logit_rows_R),
+            attention=self._attention,
+        )
+
+    def _prompt_logprobs(self, chunk: Chunk, hidden_TD: Tensor) -> _PendingPrompt | None:
+        """Row p tells the prompt's token p + 1, so the first token has none."""
+        num_top, num_prompt = self._sampler.prompt_logprobs_of(chunk.slot)
+        stop = min(chunk.stop, num_prompt - 1)
+        if num_top < 0 or stop <= chunk.start:
+            return None
+        blocks: list[PendingLogprobs] = []
+        for start in range(chunk.start, stop, LOGIT_BLOCK_ROWS):
+            count = min(LOGIT_BLOCK_ROWS, stop - start)
+            row = chunk.row + start - chunk.start
+            ids = self._upload(chunk.tokens[start + 1 : start + 1 + count].astype(np.int64))
+            logits = self._model.logits(hidden_TD[row : row + count])
+            block = token_logprobs(logits, ids, list(range(count)), [num_top] * count)
+            blocks.append(block.moved(self._fetch))
+        return _PendingPrompt(chunk.slot, chunk.start + 1, blocks)
+
+    def _finish(self, pending: PendingStep) -> StepResult:
+        if pending.done is not None:
+            pending.done.synchronize()
+        rows = pending.rows
+        finite_R = np.isfinite(pending.highest_R.numpy())
+        poisoned = () if finite_R.all() else tuple(np.flatnonzero(~finite_R).tolist())
+        for row in poisoned:
+            self._state.mark_dirty(int(rows.logit_slots_R[row]))
+        if pending.row_sums_T is not None:
+            self._mark_dirty_chunks(rows, pending.row_sums_T.numpy())
+        return StepResult(
+            pending.ids_R.numpy().astype(np.int32),
+            () if pending.logprobs is None else tuple(pending.logprobs.read()),
+            tuple(_read_prompt(prompt) for prompt in pending.prompt_logprobs),
+            pending.ledger,
+            poisoned,
+        )
+
+    def _mark_dirty_chunks(self, rows: StepRows, row_sums_T: NDArray[np.float32]) -> None:
+        if np.isfinite(row_sums_T).all():
+            return
+        for chunk in rows.chunks:
+            if not np.isfinite(row_sums_T[chunk.row : chunk.row + chunk.length]).all():
+                self._state.mark_dirty(chunk.slot)
+
+    def _upload(self, array: NDArray[np.int64]) -> Tensor:
+        tensor = torch.from_numpy(array)
+        if self._device.type == "cpu":
+            return tensor
+        return tensor.pin_memory().to(self._device, non_blocking=True)
+
+    def _fetch(self, tensor: Tensor) -> Tensor:
+        """The tensor on the host: complete once the step's event is."""
+        if tensor.device.type == "cpu":
+            return tensor
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        return host.copy_(tensor, non_blocking=True)
+
+    def _mark(self) -> torch.cuda.Event | None:
+        if self._device.type == "cpu":
+            return None
+        event = torch.cuda.Event()
+        event.record()
+        return event
+
+    def _build(self, num_pages: int) -> None:
+        self._cache = KVCache(
+            self._model.num_layers,
+            num_pages=num_pages,
+            page_size=self._config.page_size,
+            num_kv_heads=self._model.num_kv_heads,
+            head_dim=self._model.head_dim,
+            dtype=self._model.dtype,
+            device=self._device,
+        )
+        self._state, self._sampler = self._new_state(num_pages), self._new_sampler()
+        self._attention = PagedAttention(self._cache, self._state, self._device)
+
+    def _new_state(self, num_pages: int) -> BatchState:
+        return BatchState(
+            max_num_seqs=self._config.max_num_seqs,
+            max_num_batched_tokens=self._config.max_num_batched_tokens,
+            max_model_len=self.max_model_len,
+            page_size=self._config.page_size,
+            num_pages=num_pages,
+            vocab_size=self.vocab_size,
+        )
+
+    def _new_sampler(self) -> Sampler:
+        return Sampler(
+            max_num_seqs=self._config.max_num_seqs,
+            vocab_size=self.vocab_size,
+            device=self._device,
+        )
+
+    def _page_bytes(self) -> int:
+        return bytes_per_page(
+            self._model.num_layers,
+            page_size=self._config.page_size,
+            num_kv_heads=self._model.num_kv_heads,
+            head_dim=self._model.head_dim,
+            dtype=self._model.dtype,
+        )
+
+    def _count_pages(self) -> int:
+        """Pages there is memory for, as far as requests could ever fill them."""
+        cache_gb = self._config.kv_cache_gb
+        if cache_gb is None and self._device.type == "cpu":
+            cache_gb = CPU_CACHE_GB
+        num_bytes = self._measure_free_bytes() if cache_gb is None else int(cache_gb * GIB)
+        most = self._config.max_num_seqs * self._num_pages_for(self.max_model_len)
+        return pages_that_fit(num_bytes, self._page_bytes(), most=most)
+
+    def _fit_max_model_len(self) -> None:
+        """A limit that was asked for must fit into the cache; the model's own is lowered."""
+        room = self.max_pages * self._config.page_size
+        if self.max_model_len <= room:
+            return
+        if self._config.max_model_len is not None or room < 2:
+            raise ValueError(
+                f"max_model_len={self.max_model_len} needs "
+                f"{self._num_pages_for(self.max_model_len)} pages of {self._page_bytes()} bytes "
+                f"and the cache holds {self.max_pages}: raise kv_cache_gb or lower max_model_len"
+            )
+        self.max_model_len = room
+
+    def _num_pages_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self._config.page_size)
+
+    def _measure_free_bytes(self) -> int:
+        """What the largest step leaves of this rank's share of the GPU."""
+        num_seqs = self._config.max_num_seqs
+        length = min(self._config.max_num_batched_tokens // num_seqs, self.max_model_len)
+        self._build(self._num_pages_for(length))
+        admits = [_dummy_admit(slot, length, self._config.page_size) for slot in range(num_seqs)]
+        body = Body(
+            admits=tuple(admits),
+            chunk_slots=pack(range(num_seqs)),
+            chunk_lengths=pack([length] * num_seqs),
+        )
+        torch.cuda.reset_peak_memory_stats(self._device)
+        self._finish(self._run(body))
+        peak = torch.cuda.max_memory_allocated(self._device) - self._cache.data.nbytes
+        del self._cache, self._state, self._sampler, self._attention
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info(self._device)
+        others = total - free - torch.cuda.memory_reserved(self._device)
+        counts = Sampler.penalty_bytes(num_seqs, self.vocab_size)
+        return int(total * self._config.gpu_memory_utilization) - others - peak - counts
+
+
+def _limit_of(config: EngineConfig, model: Model) -> int:
+    """The longest sequence that is asked for, which the model must be able to read."""
+    if config.max_model_len is None:
+        return model.max_position_embeddings
+    if config.max_model_len > model.max_position_embeddings:
+        raise ValueError(
+            f"max_model_len={config.max_model_len} is more than the "
+            f"{model.max_position_embeddings} positions of this model: lower it"
+        )
+    return config.max_model_len
+
+
+def _check_header(header: Header, rows: StepRows, replica: int) -> None:
+    counted = (rows.num_rows, rows.num_logit_rows)
+    told = (header.num_rows[replica], header.num_logit_rows[replica])
+    if counted != told:
+        raise ProtocolError(
+            f"step {header.step} should have {told[0]} rows and {told[1]} logit rows in replica "
+            f"{replica}, and this rank counts {counted[0]} and {counted[1]}"
+        )
+
+
+def _dummy_admit(slot: int, length: int, page_size: int) -> Admit:
+    """A request to warm up with: it goes through all of sampling, on the first pages."""
+    return Admit(
+        slot,
+        pack([0] * length),
+        length,
+        0,
+        pack(range(-(-length // page_size))),
+        Sampling(top_p=0.9, num_logprobs=0),
+    )
+
+
+def _read_prompt(prompt: _PendingPrompt) -> PromptLogprobs:
+    values = tuple(value for block in prompt.blocks for _, value in block.read())
+    return prompt.slot, prompt.first, values
+
+
+def load_model(
+    config: EngineConfig,
+    layout: Layout,
+    rank: int,
+    groups: Groups,
+    device: torch.device,
+    progress: ReportProgress,
+) -> Model:
+    raise NotImplementedError

@@ -1,0 +1,460 @@
+"""From logits to tokens: what each request asked for, applied to its row.
+
+`Sampler` keeps, by slot, every request's parameters (on the host) and what sampling needs to
+remember on the device: its last token and, for those with penalties, how often each id came out.
+`sample` never waits for the device and never looks at a sampled token on the host.
+
+The order is: log-probabilities of the raw logits; logit bias and ids barred until `min_tokens`;
+penalties; temperature; min_p, top_k, top_p; the draw. Which ids survive is decided by the value of
+the last one that does, so ids with equal logits stay or go together, in whatever order a sort
+leaves them. The draw is a race of exponentials keyed by (seed, nonce, position): see
+`kernels.philox`. The lowest id wins a tie.
+
+Shapes: R rows, V vocabulary, S slots, N rows of a kind, K candidates of a row.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kernels.philox import exponential_noise, words_all, words_at
+from workers.batch import StepRows
+from workers.protocol import Admit, Sampling, TokenLogprobs, unpack
+
+COLDEST = 1e-5
+"""A temperature below is greedy: logits divided by it would leave float32."""
+
+DRAW, TRUNCATE, BIAS, BAR, PENALISE, LOGPROBS = (1 << bit for bit in range(6))
+"""What a slot needs beyond the likeliest id."""
+
+NEVER = -math.inf
+
+WIDEST_RACE = 26.0
+"""An id whose logit is further below the highest loses the race whatever it draws: noise goes from
+-log(1 - 2**-33) to -log(2**-24), whose logarithms are 25.7 apart."""
+
+HEAD = 256
+"""How many ids of a row are sorted before all are."""
+
+
+class PendingLogprobs(NamedTuple):
+    """Log-probabilities of N rows, still on the device."""
+
+    rows: list[int]
+    """Index of each among the step's logit rows, or among a chunk's."""
+    num_top: list[int]
+    ids_N: Tensor
+    logprobs_N: Tensor
+    ranks_N: Tensor
+    top_ids_NK: Tensor
+    top_logprobs_NK: Tensor
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> "PendingLogprobs":
+        """With every tensor passed through `move`, which takes it to the host."""
+        return PendingLogprobs(self.rows, self.num_top, *(move(tensor) for tensor in self[2:]))
+
+    def read(self) -> list[tuple[int, TokenLogprobs]]:
+        """(index of the row, its log-probabilities); the tensors are on the host and complete."""
+        columns = [tensor.tolist() for tensor in self[2:]]
+        return [
+            (row, TokenLogprobs(token, logprob, rank, tuple(ids[:num]), tuple(values[:num])))
+            for row, num, token, logprob, rank, ids, values in zip(
+                self.rows, self.num_top, *columns, strict=True
+            )
+        ]
+
+
+class Sampled(NamedTuple):
+    ids_R: Tensor
+    highest_R: Tensor
+    """The row's highest logit: not finite if the row is poisoned."""
+    logprobs: PendingLogprobs | None
+
+
+class _Draws(NamedTuple):
+    """Parameters of the rows that draw, on the device."""
+
+    rows_N: Tensor | None
+    """None if all rows of the step draw."""
+    rows: NDArray[np.int64]
+    temperature_N1: Tensor
+    seed_N: Tensor
+    nonce_N: Tensor
+    truncation: "Truncation | None"
+
+
+class Truncation(NamedTuple):
+    """Which ids may be drawn, by row; k of 0, p of 1 and min_p of 0 keep all."""
+
+    k_N: Tensor
+    p_N: Tensor
+    min_p_N: Tensor
+
+
+class _Penalties(NamedTuple):
+    rows_N: Tensor
+    slots_N: Tensor
+    presence_N1: Tensor
+    frequency_N1: Tensor
+    repetition_N1: Tensor
+
+
+class _Extras(NamedTuple):
+    """What the rows of a step need beyond the likeliest id; None where no row does."""
+
+    draws: _Draws | None
+    bias: tuple[Tensor, Tensor, Tensor] | None
+    """(row, id, value)."""
+    penalties: _Penalties | None
+    logprobs: tuple[list[int], list[int], Tensor] | None
+    """(rows, how many of the likeliest, the rows on the device)."""
+
+
+class Sampler:
+    """The requests' parameters by slot, and their state on the device."""
+
+    def __init__(self, *, max_num_seqs: int, vocab_size: int, device: torch.device) -> None:
+        self.last_token_S = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
+        """The next decode's input of each slot."""
+        self._device = device
+        self._vocab_size = vocab_size
+        self._sampling = [Sampling()] * max_num_seqs
+        self._needs_S = np.zeros(max_num_seqs, np.uint8)
+        self._num_prompt_S = np.zeros(max_num_seqs, np.int64)
+        self._counts_SV: Tensor | None = None
+        self._in_prompt_SV: Tensor | None = None
+        self._num_admits = 0
+        self._slots_R = np.empty(0, np.int64)
+        self._extras: tuple[int, _Extras] | None = None
+
+    @staticmethod
+    def penalty_bytes(max_num_seqs: int, vocab_size: int) -> int:
+        """Memory of the counts that the first request with a penalty allocates."""
+        return max_num_seqs * vocab_size * (torch.int32.itemsize + torch.bool.itemsize)
+
+    def admit(self, admit: Admit) -> None:
+        """Take a slot's parameters; what it has said already counts as output."""
+        slot, sampling = admit.slot, admit.sampling
+        self._sampling[slot] = sampling
+        self._needs_S[slot] = needs_of(sampling)
+        self._num_prompt_S[slot] = admit.num_prompt
+        self._num_admits += 1
+        if self._needs_S[slot] & PENALISE:
+            tokens = torch.from_numpy(unpack(admit.tokens).astype(np.int64)).to(self._device)
+            self._count(slot, tokens[: admit.num_prompt], tokens[admit.num_prompt :])
+
+    def prompt_logprobs_of(self, slot: int) -> tuple[int, int]:
+        """(how many of the likeliest or -1 for none, tokens of the prompt)."""
+        return self._sampling[slot].num_prompt_logprobs, int(self._num_prompt_S[slot])
+
+    def sample(self, logits_RV: Tensor, rows: StepRows) -> Sampled:
+        """One id for each logit row, in float32 logits that it leaves as they are."""
+        slots_R = rows.logit_slots_R
+        highest_R, ids_R = logits_RV.max(dim=-1)
+        logprobs = None
+        if self._needs_S[slots_R].any():
+            positions_R = rows.positions_T[rows.logit_rows_R] + 1
+            ids_R, logprobs = self._sample_with_extras(logits_RV, ids_R, slots_R, positions_R)
+        slots = torch.from_numpy(slots_R).to(self._device, non_blocking=True)
+        self.last_token_S.index_copy_(0, slots, ids_R)
+        return Sampled(ids_R, highest_R, logprobs)
+
+    def _sample_with_extras(
+        self,
+        logits_RV: Tensor,
+        ids_R: Tensor,
+        slots_R: NDArray[np.int64],
+        positions_R: NDArray[np.int64],
+    ) -> tuple[Tensor, PendingLogprobs | None]:
+        extras = self._extras_of(slots_R)
+        edited_RV = self._edit(logits_RV, extras, slots_R, positions_R)
+        if edited_RV is not logits_RV:
+            ids_R = edited_RV.argmax(dim=-1)
+        if extras.draws is not None:
+            ids_R = _draw_rows(edited_RV, ids_R, extras.draws, positions_R)
+        if extras.penalties is not None and self._counts_SV is not None:
+            said = (extras.penalties.slots_N, ids_R[extras.penalties.rows_N])
+            one = self._counts_SV.new_ones(())
+            self._counts_SV.index_put_(said, one, accumulate=True)
+        logprobs = None
+        if extras.logprobs is not None:
+            rows, num_top, rows_N = extras.logprobs
+            logprobs = token_logprobs(logits_RV[rows_N], ids_R[rows_N], rows, num_top)
+        return ids_R, logprobs
+
+    def _edit(
+        self,
+        logits_RV: Tensor,
+        extras: _Extras,
+        slots_R: NDArray[np.int64],
+        positions_R: NDArray[np.int64],
+    ) -> Tensor:
+        """Bias, barred ids and penalties, on a copy if there are any."""
+        barred = self._barred(slots_R, positions_R)
+        if extras.bias is None and barred is None and extras.penalties is None:
+            return logits_RV
+        edited_RV = logits_RV.clone()
+        if extras.bias is not None:
+            row, token, value = extras.bias
+            edited_RV.index_put_((row, token), value, accumulate=True)
+        if barred is not None:
+            edited_RV.index_put_(barred, edited_RV.new_tensor(NEVER))
+        if extras.penalties is not None:
+            self._penalise(edited_RV, extras.penalties)
+        return edited_RV
+
+    def _barred(
+        self, slots_R: NDArray[np.int64], positions_R: NDArray[np.int64]
+    ) -> tuple[Tensor, Tensor] | None:
+        """(row, id) of the stop ids of requests that have not said `min_tokens` yet."""
+        pairs: list[tuple[int, int]] = []
+        for row in np.flatnonzero(self._needs_S[slots_R] & BAR).tolist():
+            slot = int(slots_R[row])
+            sampling = self._sampling[slot]
+            if positions_R[row] - self._num_prompt_S[slot] < sampling.min_tokens:
+                pairs += [(row, token) for token in sampling.stop_token_ids]
+            else:
+                self._needs_S[slot] &= 0xFF ^ BAR
+        if not pairs:
+            return None
+        rows, ids = torch.tensor(pairs, dtype=torch.int64, device=self._device).unbind(1)
+        return rows, ids
+
+    def _penalise(self, logits_RV: Tensor, penalties: _Penalties) -> None:
+        """Presence and frequency look at what came out, repetition at the prompt too."""
+        if self._counts_SV is None or self._in_prompt_SV is None:
+            return
+        counts_NV = self._counts_SV[penalties.slots_N]
+        out_NV = counts_NV > 0
+        seen_NV = out_NV | self._in_prompt_SV[penalties.slots_N]
+        x_NV = logits_RV[penalties.rows_N]
+        factor_N1 = penalties.repetition_N1
+        repeated_NV = torch.where(x_NV > 0, x_NV / factor_N1, x_NV * factor_N1)
+        x_NV = torch.where(seen_NV, repeated_NV, x_NV)
+        x_NV -= penalties.frequency_N1 * counts_NV
+        x_NV -= penalties.presence_N1 * out_NV
+        logits_RV[penalties.rows_N] = x_NV
+
+    def _count(self, slot: int, prompt: Tensor, output: Tensor) -> None:
+        if self._counts_SV is None or self._in_prompt_SV is None:
+            shape = (len(self._sampling), self._vocab_size)
+            self._counts_SV = torch.zeros(shape, dtype=torch.int32, device=self._device)
+            self._in_prompt_SV = torch.zeros(shape, dtype=torch.bool, device=self._device)
+        counts_V, in_prompt_V = self._counts_SV[slot].zero_(), self._in_prompt_SV[slot].zero_()
+        counts_V.index_add_(0, output, torch.ones_like(output, dtype=torch.int32))
+        in_prompt_V.index_fill_(0, prompt, True)
+
+    def _extras_of(self, slots_R: NDArray[np.int64]) -> _Extras:
+        """Made anew only when the step's rows or their requests have changed."""
+        same = slots_R is self._slots_R or np.array_equal(slots_R, self._slots_R)
+        if self._extras is None or self._extras[0] != self._num_admits or not same:
+            self._slots_R = slots_R
+            self._extras = (self._num_admits, self._make_extras(slots_R))
+        return self._extras[1]
+
+    def _make_extras(self, slots_R: NDArray[np.int64]) -> _Extras:
+        needs_R = self._needs_S[slots_R]
+        sampling = [self._sampling[slot] for slot in slots_R.tolist()]
+
+        def rows_that(need: int) -> list[int]:
+            return np.flatnonzero(needs_R & need).tolist()
+
+        drawing, penalised = rows_that(DRAW), rows_that(PENALISE)
+        biased, wordy = rows_that(BIAS), rows_that(LOGPROBS)
+        return _Extras(
+            self._make_draws(drawing, sampling) if drawing else None,
+            self._make_bias(biased, sampling) if biased else None,
+            self._make_penalties(penalised, sampling, slots_R) if penalised else None,
+            (wordy, [sampling[row].num_logprobs for row in wordy], self._integers(wordy))
+            if wordy
+            else None,
+        )
+
+    def _make_draws(self, rows: list[int], sampling: list[Sampling]) -> _Draws:
+        chosen = [sampling[row] for row in rows]
+        truncation = None
+        if any(needs_of(one) & TRUNCATE for one in chosen):
+            truncation = Truncation(
+                self._integers([one.top_k for one in chosen]),
+                self._floats([one.top_p for one in chosen]),
+                self._floats([one.min_p for one in chosen]),
+            )
+        return _Draws(
+            None if len(rows) == len(sampling) else self._integers(rows),
+            np.array(rows),
+            self._floats([one.temperature for one in chosen])[:, None],
+            self._integers([one.seed for one in chosen]),
+            self._integers([one.nonce for one in chosen]),
+            truncation,
+        )
+
+    def _make_bias(
+        self, rows: list[int], sampling: list[Sampling]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        triples = [(row, token, bias) for row in rows for token, bias in sampling[row].logit_bias]
+        row, token, bias = zip(*triples, strict=True)
+        return self._integers(row), self._integers(token), self._floats(bias)
+
+    def _make_penalties(
+        self, rows: list[int], sampling: list[Sampling], slots_R: NDArray[np.int64]
+    ) -> _Penalties:
+        chosen = [sampling[row] for row in rows]
+        return _Penalties(
+            self._integers(rows),
+            self._integers(slots_R[rows].tolist()),
+            self._floats([one.presence_penalty for one in chosen])[:, None],
+            self._floats([one.frequency_penalty for one in chosen])[:, None],
+            self._floats([one.repetition_penalty for one in chosen])[:, None],
+        )
+
+    def _integers(self, values: list[int] | tuple[int, ...]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self._device)
+
+    def _floats(self, values: list[float] | tuple[float, ...]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float32, device=self._device)
+
+
+def needs_of(sampling: Sampling) -> int:
+    """The kinds of work a request needs beyond the likeliest id.
+
+    >>> needs_of(Sampling(temperature=0.0))
+    0
+    """
+    needs = 0
+    if sampling.temperature >= COLDEST:
+        needs |= DRAW
+        if sampling.top_k or sampling.top_p < 1.0 or sampling.min_p > 0.0:
+            needs |= TRUNCATE
+    if sampling.logit_bias:
+        needs |= BIAS
+    if sampling.min_tokens and sampling.stop_token_ids:
+        needs |= BAR
+    penalties = (sampling.presence_penalty, sampling.frequency_penalty)
+    if any(penalties) or sampling.repetition_penalty != 1.0:
+        needs |= PENALISE
+    if sampling.num_logprobs >= 0:
+        needs |= LOGPROBS
+    return needs
+
+
+def token_logprobs(
+    logits_NV: Tensor, ids_N: Tensor, rows: list[int], num_top: list[int]
+) -> PendingLogprobs:
+    """Log-probabilities of `ids_N` and of each row's `num_top` likeliest, from raw logits."""
+    logprobs_NV = logits_NV.log_softmax(dim=-1)
+    chosen_N1 = logprobs_NV.gather(-1, ids_N[:, None])
+    ranks_N = (logprobs_NV > chosen_N1).sum(dim=-1) + 1
+    top = logprobs_NV.topk(min(max(num_top), logits_NV.shape[-1]), dim=-1)
+    return PendingLogprobs(
+        rows, num_top, ids_N, chosen_N1.squeeze(-1), ranks_N, top.indices, top.values
+    )
+
+
+def _draw_rows(
+    logits_RV: Tensor, ids_R: Tensor, draws: _Draws, positions_R: NDArray[np.int64]
+) -> Tensor:
+    """`ids_R` with the drawn rows' ids in place of the likeliest."""
+    positions_N = torch.from_numpy(positions_R[draws.rows]).to(ids_R.device, non_blocking=True)
+    scaled_NV = logits_RV if draws.rows_N is None else logits_RV[draws.rows_N]
+    scaled_NV = scaled_NV / draws.temperature_N1
+    lowest_N1 = None if draws.truncation is None else lowest_kept(scaled_NV, draws.truncation)
+    drawn_N = draw(scaled_NV, lowest_N1, draws.seed_N, draws.nonce_N, positions_N)
+    if draws.rows_N is None:
+        return drawn_N
+    return ids_R.index_copy(0, draws.rows_N, drawn_N)
+
+
+def draw(
+    scaled_NV: Tensor,
+    lowest_N1: Tensor | None,
+    seed_N: Tensor,
+    nonce_N: Tensor,
+    position_N: Tensor,
+) -> Tensor:
+    """One id a row from softmax of `scaled_NV`, among those not below `lowest_N1`."""
+    if scaled_NV.device.type == "cpu":
+        # Most ids cannot win, and on a CPU their noise is what a draw costs.
+        can_win_N1 = scaled_NV.amax(dim=-1, keepdim=True) - WIDEST_RACE
+        floor_N1 = can_win_N1 if lowest_N1 is None else torch.maximum(can_win_N1, lowest_N1)
+        kept_NV = scaled_NV >= floor_N1
+        if int(kept_NV.sum()) * 8 < scaled_NV.numel():
+            return _race_among(scaled_NV, kept_NV, seed_N, nonce_N, position_N)
+    noise_NV = exponential_noise(words_all(seed_N, nonce_N, position_N, scaled_NV.shape[-1]))
+    score_NV = scaled_NV - noise_NV.log_()
+    if lowest_N1 is not None:
+        score_NV.masked_fill_(scaled_NV < lowest_N1, NEVER)
+    return score_NV.argmax(dim=-1)
+
+
+def _race_among(
+    scaled_NV: Tensor, kept_NV: Tensor, seed_N: Tensor, nonce_N: Tensor, position_N: Tensor
+) -> Tensor:
+    """`draw` with noise for the ids of `kept_NV` only: the same noise, so the same ids."""
+    row, token = kept_NV.nonzero(as_tuple=True)
+    words = words_at(seed_N[row], nonce_N[row], position_N[row], token[:, None]).squeeze(-1)
+    score_NV = torch.full_like(scaled_NV, NEVER)
+    score_NV[row, token] = scaled_NV[row, token] - exponential_noise(words).log_()
+    return score_NV.argmax(dim=-1)
+
+
+def lowest_kept(scaled_NV: Tensor, truncation: Truncation) -> Tensor:
+    """The smallest value that min_p, top_k and top_p keep, in that order; (N, 1).
+
+    Each looks at what the one before has left, as if its probabilities were made anew. A few ids
+    of each row usually decide it, so on a CPU all are sorted only if they do not.
+    """
+    vocab_size = scaled_NV.shape[-1]
+    highest_N1 = scaled_NV.amax(dim=-1, keepdim=True)
+    floor_N1 = highest_N1 + truncation.min_p_N[:, None].log()
+    weights_NV = (scaled_NV - highest_N1).exp_().masked_fill_(scaled_NV < floor_N1, 0.0)
+    k_N1 = torch.where(truncation.k_N == 0, vocab_size, truncation.k_N)[:, None]
+    limits = _Limits(
+        highest_N1, floor_N1, weights_NV.sum(-1, keepdim=True), k_N1, truncation.p_N[:, None]
+    )
+    if scaled_NV.device.type == "cpu":
+        num_head = max(HEAD, int(truncation.k_N.max()))
+        if num_head < vocab_size:
+            lowest_N1, is_found_N1 = _last_kept(scaled_NV, num_head, limits)
+            if bool(is_found_N1.all()):
+                return lowest_N1
+    return _last_kept(scaled_NV, vocab_size, limits)[0]
+
+
+class _Limits(NamedTuple):
+    """What decides the last id that a row keeps, (N, 1) each."""
+
+    highest_N1: Tensor
+    floor_N1: Tensor
+    """Of min_p."""
+    total_N1: Tensor
+    """Weight of what min_p keeps; the highest weighs 1."""
+    k_N1: Tensor
+    p_N1: Tensor
+
+
+def _last_kept(scaled_NV: Tensor, num_sorted: int, limits: _Limits) -> tuple[Tensor, Tensor]:
+    """The last value kept, and whether it is surely among the `num_sorted` highest.
+
+    NOTE: sums run along the sorted order, never as a tree, so that they are the same numbers
+    however many values are sorted, and a row keeps the same ids whatever else is in the batch.
+    """
+    vocab_size = scaled_NV.shape[-1]
+    sorted_NK = scaled_NV.topk(num_sorted, dim=-1).values
+    weights_NK = (sorted_NK - limits.highest_N1).exp_()
+    weights_NK.masked_fill_(sorted_NK < limits.floor_N1, 0.0)
+    weights_NK *= torch.arange(num_sorted, device=scaled_NV.device) < limits.k_N1
+    until_NK = weights_NK.cumsum(dim=-1)
+    before_NK = torch.cat([torch.zeros_like(until_NK[:, :1]), until_NK[:, :-1]], dim=-1)
+    is_limited_N1 = limits.k_N1 < vocab_size
+    mass_N1 = limits.p_N1 * torch.where(is_limited_N1, until_NK[:, -1:], limits.total_N1)
+    is_whole_N1 = limits.p_N1 == 1.0
+    num_kept_N1 = ((weights_NK > 0) & ((before_NK < mass_N1) | is_whole_N1)).sum(-1, keepdim=True)
+    last_N1 = sorted_NK.gather(-1, (num_kept_N1 - 1).clamp_(min=0))
+    # A row without top_k and top_p is cut by min_p alone, however little of it was sorted.
+    lowest_N1 = torch.where(is_whole_N1 & ~is_limited_N1, limits.floor_N1, last_N1)
+    return lowest_N1, is_limited_N1 | is_whole_N1 | (until_NK[:, -1:] >= mass_N1)
