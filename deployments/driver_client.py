@@ -310,7 +310,7 @@ class DriverClient:
             socket.curve_secretkey = info.client_secret_key.encode()
             socket.connect(info.tcp_address)
         self._socket = socket
-        self._fd = socket.getsockopt(zmq.FD)
+        self._fd = socket.fileno()
         asyncio.get_running_loop().add_reader(self._fd, self._drain)
         self._last_beat = self._now()
         self._send_beat()
@@ -412,7 +412,7 @@ class DriverClient:
             pass  # the high-water mark: the descriptor or the next tick brings us back
         # NOTE: the descriptor is edge-triggered, and a send may swallow the edge of a message
         # that came in meanwhile: without this look it would lie there until the next one.
-        if self._socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:
+        if int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
             asyncio.get_running_loop().call_soon(self._drain)
 
     # Receiving.

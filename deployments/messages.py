@@ -16,7 +16,7 @@ from workers.protocol import Message, Natural, Sampling, TokenLogprobs
 FINISH_STOP, FINISH_LENGTH, FINISH_CANCELLED, FINISH_ERROR = "stop", "length", "cancelled", "error"
 
 
-class Submit(Message, tag="submit"):
+class Submit(Message, frozen=True, tag="submit"):
     """Generate. After a restart the same request is sent again with what was already emitted."""
 
     epoch: Natural
@@ -35,20 +35,20 @@ class Submit(Message, tag="submit"):
     """Requests share cached prefixes only under the same salt."""
 
 
-class Cancel(Message, tag="cancel"):
+class Cancel(Message, frozen=True, tag="cancel"):
     """The client is gone."""
 
     request: Natural
 
 
-class Finish(Message, tag="finish"):
+class Finish(Message, frozen=True, tag="finish"):
     """A stop string was found: output tokens from `index` on are not wanted."""
 
     request: Natural
     index: Natural
 
 
-class IngressBeat(Message, tag="beat"):
+class IngressBeat(Message, frozen=True, tag="beat"):
     """Every `beat_ms`; carries the ingress's own counters for the driver's /metrics."""
 
     received: Natural = 0
@@ -56,7 +56,7 @@ class IngressBeat(Message, tag="beat"):
     """Requests the ingress refused by itself (HTTP 4xx)."""
 
 
-class Tokens(Message, tag="tokens"):
+class Tokens(Message, frozen=True, tag="tokens"):
     """What a step gave this ingress's requests. The three lists are parallel."""
 
     epoch: Natural
@@ -66,15 +66,17 @@ class Tokens(Message, tag="tokens"):
     tokens: list[int]
     finished: list[tuple[int, str]]
     """(request, finish reason) of requests that end with this message."""
-    logprobs: list[tuple[int, int, TokenLogprobs]] = []
+    logprobs: list[tuple[int, int, TokenLogprobs]] = msgspec.field(default_factory=list)
     """(request, index, log-probabilities)."""
-    prompt_logprobs: list[tuple[int, int, tuple[TokenLogprobs, ...]]] = []
+    prompt_logprobs: list[tuple[int, int, tuple[TokenLogprobs, ...]]] = msgspec.field(
+        default_factory=list
+    )
     """(request, position of the first, log-probabilities of prompt tokens); position 0 has none."""
-    num_cached: list[tuple[int, int]] = []
+    num_cached: list[tuple[int, int]] = msgspec.field(default_factory=list)
     """(request, prompt tokens found in the prefix cache), once a request, with its first token."""
 
 
-class Refused(Message, tag="refused"):
+class Refused(Message, frozen=True, tag="refused"):
     """The request was not taken; nothing of it remains at the driver."""
 
     request: Natural
@@ -85,7 +87,7 @@ class Refused(Message, tag="refused"):
     code: str | None = None
 
 
-class DriverBeat(Message, tag="beat"):
+class DriverBeat(Message, frozen=True, tag="beat"):
     """Every `beat_ms`, and at once when anything in it changes."""
 
     epoch: Natural
