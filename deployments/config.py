@@ -15,6 +15,7 @@ A misspelt name is an error that says the nearest one; a value of the wrong type
 import ast
 import difflib
 import inspect
+import itertools
 import textwrap
 from collections.abc import Mapping
 from typing import Any, TypeVar, get_type_hints
@@ -86,7 +87,7 @@ def help_texts(kind: type[Struct]) -> dict[str, str]:
     tree = ast.parse(textwrap.dedent(inspect.getsource(kind)))
     body = tree.body[0].body if isinstance(tree.body[0], ast.ClassDef) else []
     texts: dict[str, str] = {}
-    for field, below in zip(body, body[1:], strict=False):
+    for field, below in itertools.pairwise(body):
         if (
             isinstance(field, ast.AnnAssign)
             and isinstance(field.target, ast.Name)

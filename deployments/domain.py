@@ -52,7 +52,7 @@ class Domain:
     def __init__(
         self, layout: Layout, index: int, schedulers: Sequence[Scheduler], *, epoch: int, depth: int
     ) -> None:
-        """`depth` steps may be under way at once: 2 overlaps planning with computing, 1 does not."""
+        """`depth` steps may be under way at once: 2 overlaps planning with computing."""
         self.index = index
         self.ranks = layout.domain_ranks(index)
         self.replica_ranks = [layout.replica_ranks(index, r) for r in range(layout.num_replicas)]

@@ -10,6 +10,7 @@ seconds, so a helper thread does it while this one goes on answering.
 The engine knows nothing of Ray or HTTP: `LLM`, the tests and the Serve driver all use this class.
 """
 
+import contextlib
 import logging
 import threading
 import time
@@ -39,13 +40,16 @@ from deployments.pages import page_names
 from deployments.requests import Finish as FinishReason
 from deployments.requests import Request
 from deployments.scheduler import RequestTooLarge, Scheduler, route
-from deployments.sockets import IpcDir, ServerKeys, bind_router
-from deployments.worker_link import WorkerLink
+from deployments.sockets import CurveKeys, Gate, IpcFolder, bind_router
+from deployments.worker_link import LinkFull, WorkerLink
 from workers.config import EngineConfig, Environment
 from workers.protocol import TokenLogprobs, unpack
-from workers.spec import WorkerSpec
+from workers.spec import read_failpoints
 
 log = logging.getLogger("lockstep.engine")
+
+MAX_QUEUED = 10_000
+"""Messages an ingress may be behind before it loses its connection."""
 
 RESTART_BUDGET = 5
 RESTART_WINDOW_S = 600.0
@@ -97,6 +101,7 @@ class Engine:
         node_id: str = "local",
         listen_tcp: bool = False,
         on_progress: Callable[[str], None] = lambda sentence: None,
+        runner: str = "workers.runner:ModelRunner",
     ) -> None:
         """`listen_tcp` opens (CURVE-encrypted) ports on `node_ip` for ranks and ingresses on
         other nodes; without it there are only unix sockets."""
@@ -104,17 +109,21 @@ class Engine:
         self.fleet = fleet
         self.node_ip = node_ip
         self.node_id = node_id
-        self.listen_tcp = listen_tcp
         self.counters = Counters()
         self._on_progress = on_progress
+        self._runner = runner
         self._context = zmq.Context()
-        self._ipc_dir = IpcDir()
-        self._keys = ServerKeys(self._context)
+        self._folder = IpcFolder()
+        self._gate = Gate(self._context) if listen_tcp else None
+        self._keys = CurveKeys.fresh()
         self._ingress_socket = bind_router(
             self._context,
-            ipc_path=self._ipc_dir.path / "driver",
-            tcp_ip=node_ip if listen_tcp else None,
+            ipc_path=self._folder.path / "driver",
+            max_queued=MAX_QUEUED,
+            node_ip=node_ip,
             keys=self._keys,
+            gate=self._gate,
+            domain="ingresses",
         )
         self._ingresses = IngressLink(self._ingress_socket.socket)
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="lockstep-fleet")
@@ -207,8 +216,6 @@ class Engine:
                 ingress.is_new = False
                 self._ingresses.send(ingress.identity, self._beat())
         try:
-            for death in self.fleet.deaths():
-                raise GangFailed(death.sentence, death.rank)
             self._advance(now)
         except GangFailed as failure:
             self._lose_epoch(failure, now)
@@ -220,13 +227,14 @@ class Engine:
     def _poll(self) -> None:
         poller = zmq.Poller()
         poller.register(self._ingresses.socket, zmq.POLLIN)
-        poller.register(self.fleet.wake, zmq.POLLIN)
+        if self._launching is None:
+            poller.register(self.fleet.wake, zmq.POLLIN)
         if self._link is not None:
             poller.register(self._link.socket, zmq.POLLIN)
         wait_s = max(0.0, self._next_beat - time.monotonic())
         if self._launching is not None:
             wait_s = min(wait_s, 0.02)
-        poller.poll(wait_s * 1000)
+        poller.poll(round(wait_s * 1000))
 
     def _advance(self, now: float) -> None:
         if self._launching is not None and self._launching.done():
@@ -234,6 +242,9 @@ class Engine:
             error = launched.exception()
             if error is not None:
                 raise GangFailed(str(error)) from error
+        if self._launching is None:  # until then the fleet belongs to the helper thread
+            for death in self.fleet.deaths():
+                raise GangFailed(death.sentence, death.rank)
         gang, link = self._gang, self._link
         if gang is None or link is None:
             return
@@ -250,37 +261,27 @@ class Engine:
     def _launch(self, now: float) -> None:
         """Start the next epoch's ranks, in the helper thread."""
         self._epoch += 1
-        epoch = self._epoch
-        self._link = WorkerLink(
+        link = self._link = WorkerLink(
             self._context,
-            ipc_dir=self._ipc_dir.path,
+            epoch=self._epoch,
+            config=self.config,
+            ipc_folder=self._folder.path,
             node_ip=self.node_ip,
-            remote=self.listen_tcp,
-            keys=self._keys,
-            world_size=self.config.layout.world_size,
-            epoch=epoch,
+            gate=self._gate if self.fleet.spans_nodes else None,
         )
+
+        def send(rank: int, *frames: bytes) -> None:
+            try:
+                link.send(rank, *frames)
+            except LinkFull as error:
+                raise GangFailed(str(error), rank) from error
+
         self._gang = Gang(
-            self.config,
-            epoch=epoch,
-            now=now,
-            send=self._link.send,
-            on_progress=self._on_progress,
+            self.config, epoch=self._epoch, now=now, send=send, on_progress=self._on_progress
         )
-        specs = [
-            WorkerSpec(
-                epoch=epoch,
-                rank=rank,
-                config=self.config,
-                ipc_address=self._link.ipc_address,
-                tcp_address=self._link.tcp_address,
-                server_key=self._keys.server_public,
-                client_public_key=self._keys.client_public,
-                client_secret_key=self._keys.client_secret,
-                failpoints=Environment.read().failpoints,
-            )
-            for rank in range(self.config.layout.world_size)
-        ]
+        specs = link.specs(
+            failpoints=read_failpoints(Environment.read().failpoints), runner=self._runner
+        )
 
         def relaunch() -> None:
             self.fleet.kill()
@@ -332,15 +333,17 @@ class Engine:
 
     def _close(self) -> None:
         if self._gang is not None:
-            self._gang.stop()
+            with contextlib.suppress(GangFailed):
+                self._gang.stop()
         self._executor.submit(self.fleet.stop).result()
         self._executor.shutdown()
         if self._link is not None:
             self._link.close()
         self._ingress_socket.close()
-        self._keys.close()
+        if self._gate is not None:
+            self._gate.close()
         self._context.destroy(linger=0)
-        self._ipc_dir.remove()
+        self._folder.close()
 
     # Requests
 

@@ -11,6 +11,7 @@
     ├── EngineUnavailable         starting or restarting     -> 503
     └── ClusterError              an operator can fix it     -> 503
         └── ClusterTooSmall
+            └── TooFewNodes
 
 A message says what was asked, what there is, and what to change. It may be shown to a client word
 for word, so it never quotes another exception, a path or an address: operators' errors
@@ -155,10 +156,22 @@ class ClusterError(ServiceError):
 class ClusterTooSmall(ClusterError):
     """`ClusterTooSmall(4, 2, "GPU")`: needs 4 GPUs on one node; the largest node has 2 free."""
 
-    def __init__(self, needed: int, largest_free: int, what: str = "GPU") -> None:
+    def __init__(self, needed: float, largest_free: float, what: str = "GPU") -> None:
         noun = what if needed == 1 else f"{what}s"
         super().__init__(
             f"needs {needed} {noun} on one node; the largest node has {largest_free} free"
         )
         self.needed = needed
         self.largest_free = largest_free
+
+
+class TooFewNodes(ClusterTooSmall):
+    """`TooFewNodes(4, 2, 1)`: needs 4 GPUs on each of 2 nodes; 1 node has them free."""
+
+    def __init__(self, needed: float, num_nodes: int, num_fitting: int, what: str = "GPU") -> None:
+        noun = what if needed == 1 else f"{what}s"
+        nodes = "1 node has" if num_fitting == 1 else f"{num_fitting} nodes have"
+        ClusterError.__init__(
+            self, f"needs {needed} {noun} on each of {num_nodes} nodes; {nodes} them free"
+        )
+        self.needed, self.num_nodes, self.num_fitting = needed, num_nodes, num_fitting

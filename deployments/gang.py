@@ -34,7 +34,7 @@ MISSED_BEATS = 8
 """So many heartbeats without a sign are a death (design decision 16)."""
 
 LOADING_PATIENCE = 15
-"""Until it serves, a rank may be silent this much longer: loading holds the interpreter at times."""
+"""Until it serves a rank may be silent so much longer: loading can hold the interpreter."""
 
 Send = Callable[..., None]
 """`send(rank, *frames)`."""
@@ -258,7 +258,7 @@ class Gang:
         return f"ranks {missing} have not started within {self.config.start_timeout_s:g} s"
 
     def _late_step(self, domain: Domain, step: int) -> GangFailed:
-        """Who holds the step up: ranks that have not begun it, else those that have not ended it."""
+        """Who holds the step up: ranks that have not begun it, else those not done with it."""
         late = domain.late_ranks()
         behind = [rank for rank in late if self._last_step.get(rank, -1) < step]
         culprits = behind if behind and len(behind) < len(domain.ranks) else late

@@ -6,7 +6,6 @@ run ahead of results: `num_planned` tokens will have keys and values once all pl
 request's length at the end of all plans is `len(tokens) + num_inflight`.
 """
 
-from collections.abc import Hashable
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -24,8 +23,8 @@ class Finish(StrEnum):
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Request:
-    key: Hashable
-    """Whose it is: (ingress, number there)."""
+    key: tuple[bytes, int]
+    """Whose it is: (identity of the ingress, number there)."""
     tokens: list[int]
     """Prompt, then output as it is accepted."""
     num_prompt: int

@@ -106,9 +106,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 class Failpoint(Struct, frozen=True):
     """A planted fault, for tests: at `step` of `epoch`, `rank` does what `action` says."""
 
-    action: Literal[
-        "kill", "stop", "skip_collective", "corrupt_ids", "slow", "raise", "skip_step"
-    ]
+    action: Literal["kill", "stop", "skip_collective", "corrupt_ids", "slow", "raise", "skip_step"]
     rank: int
     step: int
     epoch: int = 1
@@ -146,3 +144,36 @@ def _python_path() -> str:
     ours = str(Path(__file__).resolve().parent.parent)
     rest = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     return os.pathsep.join([ours, *(path for path in rest if path != ours)])
+
+
+def count_local_gpus() -> int:
+    """GPUs of this machine that this process may use, without waking CUDA."""
+    devices = [name for name in os.listdir("/dev") if name.startswith("nvidia")]
+    present = sum(name.removeprefix("nvidia").isdigit() for name in devices)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return present
+    return min(
+        present, len([each for each in visible.split(",") if each.strip() not in ("", "-1")])
+    )
+
+
+RAY_SETTINGS = {
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_AUTH_MODE": "token",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+}
+"""What Ray's processes must find in their environment from the start (see the README)."""
+
+
+def set_ray_environment() -> None:
+    """Set what Ray reads when it starts, unless the operator has chosen otherwise."""
+    for name, value in RAY_SETTINGS.items():
+        os.environ.setdefault(name, value)
+
+
+def ray_address() -> str:
+    """`RAY_ADDRESS`: a cluster to join; empty starts one on this machine."""
+    return os.environ.get("RAY_ADDRESS", "")

@@ -28,7 +28,7 @@ def scheduler(num_pages=32, page_size=4, max_num_seqs=4, budget=16, prefix=True)
 
 def request(number, prompt, max_tokens=8, stop=()):
     return Request(
-        key=number,
+        key=(b"", number),
         tokens=list(prompt),
         num_prompt=len(prompt),
         max_tokens=max_tokens,

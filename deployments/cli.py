@@ -1,0 +1,90 @@
+"""The command line: `lockstep serve`, `lockstep chat`, `lockstep generate`.
+
+Flags are the settings of `deployments.config`, spelt with dashes (`tp_size` is `--tp-size`).
+Exit codes: 0 done, 1 the service could not start or failed, 2 the command is wrong.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from deployments.config import ServiceConfig, ServiceSettings, fields, help_texts
+from workers.config import EngineConfig
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = _parser()
+    args = vars(parser.parse_args(argv))
+    command = args.pop("command")
+    try:
+        if command == "serve":
+            from deployments.serve import serve_forever  # Ray takes seconds to import
+
+            return serve_forever(_config(args))
+        if command == "chat":
+            from deployments.chat import chat
+
+            return chat(args["url"], args["model"], args["message"])
+        from deployments.llm import generate_lines
+
+        prompts = args.pop("prompt")
+        max_tokens = args.pop("max_tokens")
+        return generate_lines(_config(args), prompts, max_tokens)
+    except ValueError as error:
+        print(f"lockstep: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lockstep", description="Serve large language models from many GPUs on Ray."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    serve = commands.add_parser("serve", help="serve a model over HTTP (OpenAI's API)")
+    _add_settings(serve, EngineConfig)
+    _add_settings(serve, ServiceSettings)
+    chat = commands.add_parser("chat", help="talk to a running service")
+    chat.add_argument("message", nargs="*", help="one message; without it, a conversation")
+    chat.add_argument("--url", default="http://127.0.0.1:8000", help="where the service listens")
+    chat.add_argument("--model", default="", help="model to ask for; empty takes the first")
+    generate = commands.add_parser("generate", help="answer chat prompts here, without a service")
+    generate.add_argument("prompt", nargs="+", help="what to ask")
+    generate.add_argument("--max-tokens", type=int, default=256)
+    _add_settings(generate, EngineConfig)
+    return parser
+
+
+def _add_settings(parser: argparse.ArgumentParser, kind: type[EngineConfig | ServiceSettings]):
+    group = parser.add_argument_group(
+        "engine" if kind is EngineConfig else "service", description=None
+    )
+    texts = help_texts(kind)
+    defaults = kind()
+    for name in fields(kind):
+        default = getattr(defaults, name)
+        group.add_argument(
+            f"--{name.replace('_', '-')}",
+            dest=name,
+            default=argparse.SUPPRESS,
+            metavar="KEY" if name == "api_keys" else "VALUE",
+            help=f"{texts[name]} (default: {default!r})".replace("%", "%%"),
+            **_shape(default),
+        )
+
+
+def _shape(default: object) -> dict[str, Any]:
+    """How a setting is given: `--flag`, `--no-flag`, `--flag true`; several times for a tuple."""
+    if isinstance(default, bool):
+        return {"nargs": "?", "const": "true"}
+    if isinstance(default, tuple):
+        return {"action": "append"}
+    return {}
+
+
+def _config(args: dict[str, Any]) -> ServiceConfig:
+    return ServiceConfig.from_args(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

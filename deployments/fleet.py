@@ -1,0 +1,465 @@
+"""The ranks of one engine: starts them, hears of their deaths, ends them. Says nothing to them.
+
+`LocalFleet` forks ranks on this machine, for tests, for `LLM` and for a single node without Ray.
+`RayFleet` reserves a placement group and runs one actor a rank in it. Either lives as long as its
+engine; `start` ... `kill` is one epoch. Messages go through `deployments.worker_link`, so Ray is
+on no token's path. Only this module knows how a rank is run.
+
+    fleet.start(link.specs())
+    poller.register(fleet.wake, zmq.POLLIN)
+    for death in fleet.deaths(): ...
+    fleet.kill()
+"""
+
+import os
+import select
+import signal
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import msgspec
+import ray
+from ray._private import state
+from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from deployments.errors import ClusterError, ClusterTooSmall
+from deployments.forks import ForkFailed, ForkServer, readable
+from deployments.placement import Need, NodeFree, Seat, choose_device, gpu_indices, seating
+from workers.config import count_local_gpus, passed_on_environment
+from workers.spec import WorkerSpec
+
+FORK_TIMEOUT_S = 120.0
+"""For the zygote's imports, on a machine with a cold cache."""
+
+KILL_TIMEOUT_S = 10.0
+LOOK_AGAIN_S = 0.5
+
+
+class Death(NamedTuple):
+    rank: int
+    sentence: str
+    """`rank 1 (pid 123 on 10.0.0.2) died: signal SIGKILL`"""
+
+
+class Fleet(Protocol):
+    """What the engine needs of whoever runs its ranks. One thread calls it."""
+
+    @property
+    def wake(self) -> int:
+        """A file descriptor, the same for good, that is readable when `deaths` has something."""
+        ...
+
+    @property
+    def spans_nodes(self) -> bool:
+        """Ranks may be on other nodes than the driver: they need tcp."""
+        ...
+
+    def start(self, specs: Sequence[WorkerSpec]) -> None:
+        """Starts one epoch's ranks; returns when all have a process, which is not yet ready."""
+        ...
+
+    def deaths(self) -> list[Death]:
+        """Ranks that have ended since last asked, for whatever reason. Does not wait."""
+        ...
+
+    def kill(self) -> None:
+        """Ends every rank and frees what they held; returns when they are gone. Idempotent."""
+        ...
+
+    def stop(self) -> None:
+        """The last call: `kill`, and what outlives epochs."""
+        ...
+
+
+def describe(rank: int, pid: int, node_ip: str, how: str) -> Death:
+    return Death(rank, f"rank {rank} (pid {pid} on {node_ip}) died: {how}")
+
+
+class LocalFleet:
+    """Ranks as processes of this machine, forked from a zygote; or one as a thread of this one.
+
+    Processes end with their driver, however it ends: the zygote notices the closed socket and
+    kills them, and should the zygote die first, the kernel does.
+    """
+
+    def __init__(self, *, in_process: bool = False) -> None:
+        self._in_process = in_process
+        self._epoll = select.epoll()
+        self._forks: ForkServer | None = None
+        self._preloaded = ""
+        self._ranks: dict[int, int] = {}
+        """Rank by pid."""
+        self._thread: RankThread | None = None
+
+    @property
+    def wake(self) -> int:
+        return self._epoll.fileno()
+
+    @property
+    def spans_nodes(self) -> bool:
+        return False
+
+    def start(self, specs: Sequence[WorkerSpec]) -> None:
+        self.kill()
+        placed = self._place(specs)
+        if self._in_process:
+            self._start_thread(placed)
+            return
+        try:
+            forks = self._zygote(specs[0].runner.partition(":")[0])
+            for spec in placed:
+                name = f"epoch {spec.epoch} rank {spec.rank}"
+                self._ranks[forks.fork(spec.to_json(), name, FORK_TIMEOUT_S).pid] = spec.rank
+        except ForkFailed as error:
+            self.kill()
+            raise ClusterError(str(error)) from error
+        except BaseException:
+            self.kill()
+            raise
+
+    def deaths(self) -> list[Death]:
+        if self._thread is not None:
+            return self._thread.deaths()
+        if self._forks is None:
+            return []
+        ends = self._forks.take_ends()
+        if self._forks.is_gone:
+            self._drop_zygote()
+        return [
+            describe(self._ranks.pop(pid), pid, "127.0.0.1", how)
+            for pid, how in ends.items()
+            if pid in self._ranks
+        ]
+
+    def kill(self) -> None:
+        if self._thread is not None:
+            self._epoll.unregister(self._thread.wake)
+            self._thread.close()
+            self._thread = None
+        if self._forks is not None:
+            self._forks.kill()
+            if self._forks.is_gone:
+                self._drop_zygote()
+        self._ranks.clear()
+
+    def stop(self) -> None:
+        self.kill()
+        self._drop_zygote()
+        self._epoll.close()
+
+    def _place(self, specs: Sequence[WorkerSpec]) -> list[WorkerSpec]:
+        config = specs[0].config
+        num_gpus = count_local_gpus()
+        device = choose_device(config, num_gpus)
+        if device == "cuda" and num_gpus < len(specs):
+            raise ClusterTooSmall(len(specs), num_gpus)
+        return [
+            msgspec.structs.replace(
+                spec,
+                device=f"cuda:{spec.rank}" if device == "cuda" else "cpu",
+                ranks_on_node=len(specs),
+            )
+            for spec in specs
+        ]
+
+    def _zygote(self, preload: str) -> ForkServer:
+        if self._forks is not None and self._preloaded != preload:
+            self._drop_zygote()
+        if self._forks is None:
+            self._forks, self._preloaded = ForkServer(preload), preload
+            self._epoll.register(self._forks, select.EPOLLIN)
+        return self._forks
+
+    def _drop_zygote(self) -> None:
+        if self._forks is not None:
+            self._epoll.unregister(self._forks)
+            self._forks.close()
+            self._forks = None
+
+    def _start_thread(self, specs: list[WorkerSpec]) -> None:
+        if len(specs) != 1:
+            raise ClusterError(
+                f"in_process runs one rank, and the layout has {len(specs)}: use processes"
+            )
+        self._thread = RankThread(specs[0])
+        self._epoll.register(self._thread.wake, select.EPOLLIN)
+
+
+class RankThread:
+    """One rank as a thread of this process."""
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        from workers.worker import Worker, find_runner  # brings torch
+
+        self._rank = spec.rank
+        self._end = ""
+        self.wake = os.eventfd(0)
+        self._worker = Worker(spec, find_runner(spec.runner), end_process=lambda code: None)
+        self._thread = threading.Thread(target=self._run, name=f"rank-{spec.rank}", daemon=True)
+        self._thread.start()
+
+    def deaths(self) -> list[Death]:
+        if not readable(self.wake, 0):
+            return []
+        os.eventfd_read(self.wake)
+        return [describe(self._rank, os.getpid(), "127.0.0.1", self._end)]
+
+    def close(self) -> None:
+        """Asks the rank to leave; a thread cannot be killed, so it ends at its next step."""
+        self._worker.leave()
+        self._thread.join(KILL_TIMEOUT_S)
+        if not self._thread.is_alive():
+            os.close(self.wake)
+
+    def _run(self) -> None:
+        try:
+            self._worker.run()
+            self._end = "it left"
+        except Exception as error:
+            self._end = f"{type(error).__name__}: {error}"
+        os.eventfd_write(self.wake, 1)
+
+
+class RankActor:
+    """One rank as a Ray actor of two threads; `run` keeps one of them until the rank ends."""
+
+    def where(self, with_gpus: bool) -> tuple[Any, ...]:
+        """The fields of a `Seat`. It also answers while `run` runs."""
+        from workers.worker import gpu_uuids  # brings torch
+
+        context = ray.get_runtime_context()
+        assigned = context.get_accelerator_ids().get("GPU", [])
+        return (
+            context.get_node_id(),
+            ray.util.get_node_ip_address(),
+            os.getpid(),
+            int(assigned[0]) if assigned else None,
+            gpu_uuids() if with_gpus else (),
+        )
+
+    def run(self, spec_json: bytes) -> None:
+        from workers.worker import Worker, find_runner  # brings torch
+
+        spec = WorkerSpec.from_json(spec_json)
+        Worker(spec, find_runner(spec.runner)).run()
+
+
+class RayFleet:
+    """Ranks as Ray actors in a placement group of this process, which ends with this process.
+
+    `progress` hears one sentence a second of what is missing while the cluster is too small;
+    after `cluster_wait_s` that is an error.
+    """
+
+    def __init__(
+        self,
+        *,
+        cluster_wait_s: float = 30.0,
+        cpus_per_rank: float = 0.1,
+        progress: Callable[[str], None] = print,
+    ) -> None:
+        self._cluster_wait_s, self._cpus_per_rank = cluster_wait_s, cpus_per_rank
+        self._progress = progress
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK)
+        self._group: PlacementGroup | None = None
+        self._actors: list[Any] = []
+        self._seats: list[Seat] = []
+        self._pidfds: list[int] = []
+        """Of the ranks on this node: what Ray leaves behind is killed by it."""
+        self._watch: Watch | None = None
+
+    @property
+    def wake(self) -> int:
+        return self._wake
+
+    @property
+    def spans_nodes(self) -> bool:
+        return True
+
+    def start(self, specs: Sequence[WorkerSpec]) -> None:
+        self.kill()
+        config = specs[0].config
+        device = choose_device(config, int(ray.cluster_resources().get("GPU", 0)))
+        need = Need.of(config, device, self._cpus_per_rank)
+        deadline = time.monotonic() + config.start_timeout_s
+        try:
+            self._group = self._reserve(need)
+            self._seats = self._seat(need, deadline)
+            placed = self._place(specs, device, need.ranks_per_node)
+            self._watch = Watch(
+                {
+                    actor.run.remote(spec.to_json()): (spec.rank, seat)
+                    for actor, spec, seat in zip(self._actors, placed, self._seats, strict=True)
+                },
+                self._wake,
+            )
+        except BaseException:
+            self.kill()
+            raise
+
+    def deaths(self) -> list[Death]:
+        if self._watch is None:
+            return []
+        return self._watch.take()
+
+    def kill(self) -> None:
+        for actor in self._actors:
+            ray.kill(actor, no_restart=True)
+        if self._group is not None:
+            # NOTE: a stopped process ignores Ray's kill; removing its group ends it by a signal.
+            remove_placement_group(self._group)
+        self._await_gone()
+        if self._watch is not None:
+            self._watch.close()
+        self._group, self._watch = None, None
+        self._actors, self._seats = [], []
+
+    def stop(self) -> None:
+        self.kill()
+        os.close(self._wake)
+
+    def _reserve(self, need: Need) -> PlacementGroup:
+        """The placement group, once the cluster has room for it."""
+        group = self._group = placement_group(need.bundles(), strategy=need.strategy)
+        deadline = time.monotonic() + self._cluster_wait_s
+        while not group.wait(min(1.0, max(0.01, deadline - time.monotonic()))):
+            missing = need.shortage(free_nodes()) or ClusterError(
+                f"needs {need.num_nodes} placement bundles of {need.bundles()[0]}; Ray has not "
+                "placed them, though the nodes seem to have room"
+            )
+            self._progress(str(missing))
+            if time.monotonic() >= deadline:
+                raise missing
+        return group
+
+    def _seat(self, need: Need, deadline: float) -> list[Seat]:
+        """An actor for every rank, and what each has found out about its place."""
+        if self._group is None:
+            raise ClusterError("ranks need a placement group")
+        nodes = placement_group_table(self._group)["bundles_to_node_id"]
+        bundles = seating(
+            [nodes[i] for i in range(need.num_nodes)],
+            driver_node=ray.get_runtime_context().get_node_id(),
+            ranks_per_node=need.ranks_per_node,
+        )
+        rank_actor = ray.remote(RankActor)
+        environment = passed_on_environment() | {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
+        for bundle in bundles:
+            strategy = PlacementGroupSchedulingStrategy(self._group, bundle)
+            actor = rank_actor.options(
+                max_restarts=0,
+                max_concurrency=2,
+                num_cpus=need.cpus_per_rank,
+                num_gpus=need.gpus_per_rank,
+                scheduling_strategy=strategy,
+                runtime_env={"env_vars": environment},
+            ).remote()
+            self._actors.append(actor)
+        with_gpus = bool(need.gpus_per_rank)
+        answers = [actor.where.remote(with_gpus) for actor in self._actors]
+        try:
+            found = ray.get(answers, timeout=max(1.0, deadline - time.monotonic()))
+        except RayError as error:
+            raise ClusterError(f"a rank's process did not start: {first_line(error)}") from error
+        return [Seat(*each) for each in found]
+
+    def _place(
+        self, specs: Sequence[WorkerSpec], device: str, ranks_per_node: int
+    ) -> list[WorkerSpec]:
+        here = ray.get_runtime_context().get_node_id()
+        local = [seat for seat in self._seats if seat.node_id == here]
+        self._pidfds = [os.pidfd_open(seat.pid) for seat in local]
+        indices = gpu_indices(self._seats) if device == "cuda" else []
+        return [
+            msgspec.structs.replace(
+                spec,
+                device=f"cuda:{indices[spec.rank]}" if indices else "cpu",
+                node_ip=seat.node_ip,
+                with_driver=seat.node_id == here,
+                ranks_on_node=ranks_per_node,
+            )
+            for spec, seat in zip(specs, self._seats, strict=True)
+        ]
+
+    def _await_gone(self) -> None:
+        """Waits, not for ever, until Ray and this machine know nothing of the epoch's ranks."""
+        deadline = time.monotonic() + KILL_TIMEOUT_S
+        for pidfd in self._pidfds:
+            if not readable(pidfd, min(2.0, deadline - time.monotonic())):
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+                readable(pidfd, deadline - time.monotonic())
+            os.close(pidfd)
+        self._pidfds = []
+        while self._group is not None and time.monotonic() < deadline:
+            if placement_group_table(self._group).get("state") == "REMOVED":
+                return
+            time.sleep(0.02)
+
+
+class Watch:
+    """Waits for the actors' `run` in a thread of its own, and says which has ended and how."""
+
+    def __init__(self, runs: dict[Any, tuple[int, Seat]], wake: int) -> None:
+        self._runs, self._wake = runs, wake
+        self._deaths: list[Death] = []
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="rank-watch", daemon=True)
+        self._thread.start()
+
+    def take(self) -> list[Death]:
+        with self._lock:
+            taken, self._deaths = self._deaths, []
+            if readable(self._wake, 0):
+                os.eventfd_read(self._wake)
+            return taken
+
+    def close(self) -> None:
+        self._closed.set()
+        self._thread.join(KILL_TIMEOUT_S)
+        self.take()
+
+    def _run(self) -> None:
+        while self._runs and not self._closed.is_set():
+            ended, _ = ray.wait(list(self._runs), num_returns=1, timeout=LOOK_AGAIN_S)
+            for run in ended:
+                rank, seat = self._runs.pop(run)
+                death = describe(rank, seat.pid, seat.node_ip, how_a_run_ended(run))
+                with self._lock:
+                    self._deaths.append(death)
+                    os.eventfd_write(self._wake, 1)
+
+
+def how_a_run_ended(run: Any) -> str:
+    try:
+        ray.get(run)
+    except RayTaskError as error:
+        return first_line(error.cause)
+    except RayActorError as error:
+        return f"its process ended ({first_line(error)})"
+    return "it left"
+
+
+def first_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:500]
+
+
+def free_nodes() -> list[NodeFree]:
+    """What every living node has left."""
+    # NOTE: Ray has no public call for this; `ray.available_resources()` sums over the nodes.
+    available = state.available_resources_per_node()
+    return [
+        NodeFree(node["NodeManagerAddress"], free.get("GPU", 0.0), free.get("CPU", 0.0))
+        for node in ray.nodes()
+        if node["Alive"] and (free := available.get(node["NodeID"])) is not None
+    ]
