@@ -3,6 +3,10 @@
 Every message is msgpack of one of the structs below; nothing is pickled. Integer arrays travel as
 little-endian int32 bytes (`pack` and `unpack`), because a list of integers costs ten times as much.
 
+A driver's message to a rank is two or three frames: `STEP`, header, body for a step, and `MESSAGE`
+with one of the structs for the rest; `ECHO` alone answers a beat, so that a rank knows that its
+driver lives. A rank's message is one frame, the struct.
+
 Driver to worker:  `Start`, `Serve`, then one `Header` + `Body` a step, at last `Stop`.
 Worker to driver:  `Hello`, `Progress`, `Ready`, `Started`, then one `Ack` a step; `Beat` every
 250 ms from a thread of its own; `Failed` if it cannot go on.
@@ -35,6 +39,9 @@ PROTOCOL_VERSION = 1
 
 MAX_MESSAGE_BYTES = 64 * 2**20
 """Largest frame either side accepts; a prompt of a million tokens is 4 MB."""
+
+STEP, MESSAGE, ECHO = b"s", b"m", b"b"
+"""First frame of what a driver sends."""
 
 MAX_LOGPROBS = 20
 

@@ -1,0 +1,84 @@
+"""Planted faults, so that tests can show what a fault does. Without failpoints none of this runs.
+
+A fault fires at the first step, from its own on, at which it can: `corrupt_ids` waits for a step
+that samples, `skip_collective` for one that communicates.
+"""
+
+import os
+import signal
+import time
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from parallel.groups import Transport
+from workers.config import Failpoint
+
+SLOW_S = 3.0
+
+
+class PlantedFault(RuntimeError):
+    """The failpoint `raise`."""
+
+
+class Failpoints:
+    """The faults of one rank in one epoch, each to happen once."""
+
+    def __init__(self, failpoints: Iterable[Failpoint], *, epoch: int, rank: int) -> None:
+        self._left = [each for each in failpoints if each.epoch == epoch and each.rank == rank]
+        self._step = -1
+
+    def __bool__(self) -> bool:
+        return bool(self._left)
+
+    def take(self, action: str, step: int) -> bool:
+        """Whether `action` is due; it is not due again."""
+        for each in self._left:
+            if each.action == action and step >= each.step:
+                self._left.remove(each)
+                return True
+        return False
+
+    def enter(self, step: int) -> None:
+        """What happens to a process on its way into a step."""
+        self._step = step
+        if self.take("kill", step):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.take("stop", step):
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if self.take("slow", step):
+            time.sleep(SLOW_S)
+        if self.take("raise", step):
+            raise PlantedFault(f"the failpoint of step {step} was reached")
+
+    def skips_a_collective(self) -> bool:
+        return self.take("skip_collective", self._step)
+
+    def corrupt(self, ids: NDArray[np.int32], step: int) -> NDArray[np.int32]:
+        """The ids of `step`, the first one flipped if that is due."""
+        if not len(ids) or not self.take("corrupt_ids", step):
+            return ids
+        wrong = ids.copy()
+        wrong[0] ^= 1
+        return wrong
+
+
+class Skipping:
+    """A transport that can leave out its next collective."""
+
+    def __init__(self, inner: Transport, failpoints: Failpoints) -> None:
+        self._inner, self._failpoints = inner, failpoints
+
+    def all_reduce(self, x: Tensor) -> None:
+        if not self._failpoints.skips_a_collective():
+            self._inner.all_reduce(x)
+
+    def all_gather(self, out: Tensor, x: Tensor) -> None:
+        if not self._failpoints.skips_a_collective():
+            self._inner.all_gather(out, x)
+
+    def reduce_scatter(self, out: Tensor, x: Tensor) -> None:
+        if not self._failpoints.skips_a_collective():
+            self._inner.reduce_scatter(out, x)
