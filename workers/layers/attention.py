@@ -1,0 +1,103 @@
+"""Attention's projections around the step's `Attention`, which owns the cache."""
+
+from torch import Tensor
+
+from workers.batch import Attention
+from workers.layers.build import Build, even_share
+from workers.layers.linear import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    even_columns,
+    kv_columns,
+)
+from workers.layers.norm import rms_norm
+from workers.layers.rotary import Rotation
+from workers.weights import Part, Source
+
+
+class QueryKeyNorm:
+    """RMS norm of every query and key head, all N of them in one go (Qwen3)."""
+
+    def __init__(self, build: Build, prefix: str, num_heads: int, num_kv_heads: int) -> None:
+        self._prefix = prefix
+        self._num_heads = num_heads
+        self._eps = build.config.rms_norm_eps
+        self.weight_ND = build.empty(num_heads + num_kv_heads, build.config.head_dim)
+        """The queries' weight, once for each head, then the keys'."""
+
+    def forward(self, qk_TND: Tensor) -> Tensor:
+        return rms_norm(qk_TND, None, self._eps).mul_(self.weight_ND)
+
+    def sources(self) -> list[Source]:
+        dim = self.weight_ND.shape[1]
+        rows = {"q_norm": slice(0, self._num_heads), "k_norm": slice(self._num_heads, None)}
+        return [
+            Source(
+                name=f"{self._prefix}.{name}.weight",
+                shape=(dim,),
+                parts=(Part((slice(0, dim),), self.weight_ND[here]),),
+                dummy="ones",
+            )
+            for name, here in rows.items()
+        ]
+
+
+class SelfAttention:
+    """Causal attention with grouped keys and values, split by heads over attn_tp."""
+
+    def __init__(
+        self,
+        build: Build,
+        layer: int,
+        *,
+        qkv_bias: bool,
+        out_bias: bool,
+        qk_norm: bool,
+        sliding_window: int | None,
+    ) -> None:
+        config, group = build.config, build.groups.attn_tp
+        prefix = f"model.layers.{layer}.self_attn"
+        dim = config.head_dim
+        query = even_share(config.num_heads, group, f"{prefix} heads")
+        self._layer = layer
+        self._scale = dim**-0.5
+        self._window = sliding_window
+        self._head_dim = dim
+        self._num_heads = query.stop - query.start
+        self._num_kv_heads = max(config.num_kv_heads // group.size, 1)
+        self._num_rotated = self._num_heads + self._num_kv_heads
+        pieces = (
+            even_columns(f"{prefix}.q_proj", config.num_heads * dim, group),
+            kv_columns(f"{prefix}.k_proj", config.num_kv_heads, dim, group),
+            kv_columns(f"{prefix}.v_proj", config.num_kv_heads, dim, group),
+        )
+        self._qkv = ColumnParallelLinear(build, config.hidden_size, pieces, bias=qkv_bias)
+        self._qk_norm = None
+        if qk_norm:
+            self._qk_norm = QueryKeyNorm(build, prefix, self._num_heads, self._num_kv_heads)
+        self._out = RowParallelLinear(
+            build,
+            f"{prefix}.o_proj",
+            config.num_heads * dim,
+            config.hidden_size,
+            group=group,
+            use_dp_attention_reduce=True,
+            bias=out_bias,
+        )
+
+    def forward(self, x_TD: Tensor, rotation: Rotation, attention: Attention) -> Tensor:
+        num_rows = x_TD.shape[0]
+        num_projected = self._num_rotated + self._num_kv_heads
+        qkv_TND = self._qkv.forward(x_TD).view(num_rows, num_projected, self._head_dim)
+        qk_TND, v_TGD = qkv_TND.split((self._num_rotated, self._num_kv_heads), dim=1)
+        if self._qk_norm is not None:
+            qk_TND = self._qk_norm.forward(qk_TND)
+        q_THD, k_TGD = rotation.apply(qk_TND).split((self._num_heads, self._num_kv_heads), dim=1)
+        out_THD = attention.attend(
+            self._layer, q_THD, k_TGD, v_TGD, scale=self._scale, sliding_window=self._window
+        )
+        return self._out.forward(out_THD.reshape(num_rows, self._num_heads * self._head_dim))
+
+    def sources(self) -> list[Source]:
+        norm = [] if self._qk_norm is None else self._qk_norm.sources()
+        return [*self._qkv.sources(), *norm, *self._out.sources()]

@@ -1,0 +1,49 @@
+"""Qwen3-MoE: Qwen3's attention, with sparse layers between dense ones."""
+
+from workers.errors import BadModelConfig
+from workers.layers.attention import SelfAttention
+from workers.layers.build import Build
+from workers.layers.mlp import GatedMLP
+from workers.layers.moe import ExpertNames, FusedExpertNames, SparseMLP
+from workers.models.config import MoeConfig
+from workers.models.decoder import MLP, Decoder, DecoderLayer
+
+DEFAULTS: dict[str, object] = {
+    "sliding_window": 4096,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+}
+
+
+def build_qwen3_moe(build: Build) -> Decoder:
+    config = build.config
+    if config.moe is None:
+        raise BadModelConfig(f"{config.architecture} needs num_experts in config.json")
+    window = config.sliding_window if config.use_sliding_window else None
+    windows = config.layer_windows(window, first_layer=0)
+    return Decoder(build, [_layer(build, i, config.moe, w) for i, w in enumerate(windows)])
+
+
+def _layer(build: Build, layer: int, moe: MoeConfig, window: int | None) -> DecoderLayer:
+    bias = build.config.attention_bias
+    attention = SelfAttention(
+        build, layer, qkv_bias=bias, out_bias=bias, qk_norm=True, sliding_window=window
+    )
+    prefix = f"model.layers.{layer}.mlp"
+    mlp: MLP
+    if moe.is_sparse(layer):
+        names = ExpertNames(
+            router=f"{prefix}.gate.weight",
+            gate=f"{prefix}.experts.{{expert}}.gate_proj.weight",
+            up=f"{prefix}.experts.{{expert}}.up_proj.weight",
+            down=f"{prefix}.experts.{{expert}}.down_proj.weight",
+        )
+        fused = FusedExpertNames(
+            router=f"{prefix}.gate.weight",
+            gate_up=f"{prefix}.experts.gate_up_proj",
+            down=f"{prefix}.experts.down_proj",
+        )
+        mlp = SparseMLP(build, moe, names, fused, norm_topk_prob=moe.norm_topk_prob)
+    else:
+        mlp = GatedMLP(build, prefix, group=build.groups.dense_tp)
+    return DecoderLayer(build, layer, attention, mlp)
