@@ -11,7 +11,8 @@ Shapes: T rows of the step, R rows that sample, D model width.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,48 +21,25 @@ from torch import Tensor
 
 from parallel.groups import Groups, Ledger
 from parallel.layout import Layout
+from workers import bundled
 from workers.attention import PagedAttention
 from workers.batch import BatchState, Chunk, ForwardBatch, ProtocolError, StepRows
 from workers.cache import KVCache, bytes_per_page, pages_that_fit
 from workers.config import EngineConfig
+from workers.models import Model, build_model, read_model_config
 from workers.protocol import Admit, Body, Header, Sampling, TokenLogprobs, pack
 from workers.sampling import PendingLogprobs, Sampler, token_logprobs
+from workers.weights import dummy_weights, load_weights
 
 GIB = 2**30
 CPU_CACHE_GB = 1.0
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LOGIT_BLOCK_ROWS = 256
 """Rows of a prompt whose logits are held at once, when their log-probabilities are wanted."""
 
 ReportProgress = Callable[[str, int, int], None]
 """(stage, done, total)"""
 PromptLogprobs = tuple[int, int, tuple[TokenLogprobs, ...]]
-
-
-class Model(Protocol):
-    """What the runner needs of a model. Sizes are this rank's."""
-
-    @property
-    def num_layers(self) -> int: ...
-    @property
-    def num_kv_heads(self) -> int: ...
-    @property
-    def head_dim(self) -> int: ...
-    @property
-    def vocab_size(self) -> int: ...
-    @property
-    def max_position_embeddings(self) -> int: ...
-    @property
-    def stop_token_ids(self) -> tuple[int, ...]: ...
-    @property
-    def dtype(self) -> torch.dtype: ...
-
-    def forward(self, batch: ForwardBatch) -> Tensor:
-        """Hidden states (T, D)."""
-        ...
-
-    def logits(self, hidden_RD: Tensor) -> Tensor:
-        """(R, V) in float32 over the whole vocabulary, on every rank."""
-        ...
 
 
 MakeModel = Callable[[EngineConfig, Layout, int, Groups, torch.device, ReportProgress], Model]
@@ -105,6 +83,28 @@ class PendingStep:
     """None on a CPU, where it is done already."""
 
 
+def load_model(
+    config: EngineConfig,
+    layout: Layout,
+    rank: int,
+    groups: Groups,
+    device: torch.device,
+    progress: ReportProgress,
+) -> Model:
+    """This rank's part of the configured model, with its weights."""
+    folder = Path(config.model) if config.model else bundled.path()
+    model_config = read_model_config(folder)
+    name = config.dtype
+    if name == "auto":
+        name = "float32" if device.type == "cpu" else model_config.dtype
+    model = build_model(model_config, groups, device, DTYPES[name])
+    if config.load_format == "dummy":
+        dummy_weights(model, config.seed)
+    else:
+        load_weights(model, folder, progress)
+    return model
+
+
 class ModelRunner:
     """The model, its cache and its sampler on one rank."""
 
@@ -116,14 +116,13 @@ class ModelRunner:
         groups: Groups,
         device: torch.device,
         progress: ReportProgress,
-        make_model: MakeModel | None = None,
+        make_model: MakeModel = load_model,
     ) -> None:
         self._config = config
         self._device = device
         self._ledger: Ledger = groups.ledger
         with torch.inference_mode():
-            make = load_model if make_model is None else make_model
-            self._model = make(config, layout, rank, groups, device, progress)
+            self._model = make_model(config, layout, rank, groups, device, progress)
         self.vocab_size = self._model.vocab_size
         self.stop_token_ids = self._model.stop_token_ids
         self.max_model_len = _limit_of(config, self._model)
@@ -399,14 +398,3 @@ def _dummy_admit(slot: int, length: int, page_size: int) -> Admit:
 def _read_prompt(prompt: _PendingPrompt) -> PromptLogprobs:
     values = tuple(value for block in prompt.blocks for _, value in block.read())
     return prompt.slot, prompt.first, values
-
-
-def load_model(
-    config: EngineConfig,
-    layout: Layout,
-    rank: int,
-    groups: Groups,
-    device: torch.device,
-    progress: ReportProgress,
-) -> Model:
-    raise NotImplementedError
