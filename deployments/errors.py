@@ -5,6 +5,7 @@
     │   ├── Unauthorized          no key, or a wrong one     -> 401
     │   ├── NotFound              no such route or model     -> 404
     │   ├── MethodNotAllowed      GET on a POST route        -> 405
+    │   ├── RequestTimeout        body did not come in time  -> 408
     │   ├── TooLarge              body over the limit        -> 413
     │   └── UnsupportedMediaType  body that is not JSON      -> 415
     ├── Overloaded                try again soon             -> 429
@@ -96,11 +97,18 @@ class NotFound(RequestError):
 class MethodNotAllowed(RequestError):
     status = 405
 
-    def __init__(self, method: str, allowed: str) -> None:
+    def __init__(self, allowed: str) -> None:
         super().__init__(
-            f"Method {method} is not allowed here: use {allowed}.", code="method_not_allowed"
+            f"This method is not allowed here: use {allowed}.", code="method_not_allowed"
         )
         self.allowed = allowed
+
+
+class RequestTimeout(RequestError):
+    status = 408
+
+    def __init__(self) -> None:
+        super().__init__("The request body did not arrive in time.", code="request_timeout")
 
 
 class TooLarge(RequestError):

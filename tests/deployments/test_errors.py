@@ -9,7 +9,8 @@ def every_error() -> list[errors.ServiceError]:
         errors.RequestError("n=9 is over the limit of 8", param="n"),
         errors.Unauthorized(),
         errors.NotFound("no such route"),
-        errors.MethodNotAllowed("GET", "POST"),
+        errors.MethodNotAllowed("POST"),
+        errors.RequestTimeout(),
         errors.TooLarge(4),
         errors.UnsupportedMediaType(),
         errors.Overloaded("secret"),
@@ -21,7 +22,7 @@ def every_error() -> list[errors.ServiceError]:
 
 def test_each_error_has_its_status():
     statuses = [error.status for error in every_error()]
-    assert statuses == [500, 400, 401, 404, 405, 413, 415, 429, 503, 503, 503]
+    assert statuses == [500, 400, 401, 404, 405, 408, 413, 415, 429, 503, 503, 503]
 
 
 @pytest.mark.parametrize("error", every_error(), ids=lambda e: type(e).__name__)
@@ -48,7 +49,7 @@ def test_an_operator_is_told_what_is_missing():
 
 def test_who_may_try_again_is_told_when():
     assert [error.retry_after_s for error in every_error()] == [
-        *(None for _ in range(7)),
+        *(None for _ in range(8)),
         1,
         5,
         30,

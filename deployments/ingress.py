@@ -1,0 +1,478 @@
+"""HTTP in, OpenAI's answers out. The only module that knows about HTTP.
+
+`build_api` makes a plain ASGI app of a `Service`: tests run it bare, production runs it as the
+Serve deployment `Ingress`. A request is read whole (bounded), parsed, planned, handed to the driver
+and answered, as one body or as server-sent events. What is wrong before the first token has a
+status of its own; what goes wrong later is one `data: {"error": ...}` event, and no `[DONE]`.
+A client that leaves is noticed between any two tokens and its generations are cancelled at once.
+
+There is no framework between the server and the routes: a request costs one dictionary look-up.
+"""
+
+import asyncio
+import hashlib
+import hmac
+import logging
+import re
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import ray
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+import workers.bundled
+from deployments.config import ServiceConfig
+from deployments.driver_client import DriverClient, Generations
+from deployments.errors import (
+    EngineUnavailable,
+    MethodNotAllowed,
+    NotFound,
+    RequestTimeout,
+    ServiceError,
+    TooLarge,
+    Unauthorized,
+    UnsupportedMediaType,
+)
+from deployments.messages import EngineInfo
+from deployments.openai_api import (
+    Answer,
+    ModelLimits,
+    Plan,
+    check_model,
+    plan_chat,
+    plan_completion,
+)
+from deployments.schemas import MAX_BODY_BYTES, Model, ModelList, parse_chat, parse_completion
+from deployments.tokenizer import ChatTokenizer
+
+log = logging.getLogger("lockstep.ingress")
+
+BODY_TIMEOUT_S = 30.0
+LONG_BODY_BYTES = 16 * 2**10
+"""Longer ones are planned in a thread: tokenizing them would hold up every stream."""
+
+SECURITY_HEADERS = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"cache-control", b"no-store"),
+    (b"content-security-policy", b"default-src 'none'"),
+    (b"referrer-policy", b"no-referrer"),
+)
+
+Message = MutableMapping[str, Any]
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+encode_json = msgspec.json.Encoder().encode
+
+
+class ClientGone(Exception):
+    """Nobody is there to answer."""
+
+
+class Keys:
+    """The API keys that open the service, kept as digests; none opens it to everybody."""
+
+    def __init__(self, keys: Iterable[str]) -> None:
+        """A key is given as it is or as the 64 hexadecimal digits of its SHA-256."""
+        self._digests = [
+            bytes.fromhex(key)
+            if re.fullmatch(r"[0-9a-fA-F]{64}", key)
+            else hashlib.sha256(key.encode()).digest()
+            for key in keys
+        ]
+
+    def tenant(self, authorization: str) -> str:
+        """A name for who holds the key, empty if none is needed; or `Unauthorized`.
+
+        All keys are compared, each in constant time: how long it takes tells nothing.
+        """
+        if not self._digests:
+            return ""
+        scheme, _, key = authorization.partition(" ")
+        digest = hashlib.sha256(key.strip().encode("latin-1")).digest()
+        matches = [hmac.compare_digest(digest, known) for known in self._digests]
+        if scheme.lower() != "bearer" or not any(matches):
+            raise Unauthorized
+        return digest.hex()[:16]
+
+
+class Service:
+    """What every route shares: the model's tokenizer and the line to the driver."""
+
+    def __init__(
+        self,
+        client: DriverClient,
+        tokenizer: ChatTokenizer,
+        *,
+        model: str,
+        api_keys: Iterable[str] = (),
+    ) -> None:
+        self.client = client
+        self.tokenizer = tokenizer
+        self.model = model
+        self.keys = Keys(api_keys)
+        self.created = int(time.time())
+
+    def limits(self) -> ModelLimits:
+        info = self.client.info
+        if info is None:
+            raise EngineUnavailable
+        return ModelLimits(
+            max_model_len=info.max_model_len,
+            vocab_size=info.vocab_size,
+            eos_token_ids=info.stop_token_ids,
+        )
+
+
+class Exchange:
+    """One HTTP request and its response."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, *, names_itself: bool) -> None:
+        self.method: str = scope["method"]
+        root = scope.get("root_path", "")
+        self.path: str = scope["path"].removeprefix(root) or "/"
+        self.headers = {key.decode("latin-1"): value for key, value in scope["headers"]}
+        self.begun = False
+        self._receive = receive
+        self._send = send
+        self._ended = False
+        self._extra_headers = self._identity(names_itself)
+
+    def header(self, name: str) -> str:
+        return self.headers.get(name, b"").decode("latin-1")
+
+    async def body(self) -> bytes:
+        """All of a JSON body, or an error as soon as it is too long or too late."""
+        self._check_is_json()
+        length = self.header("content-length")
+        if length.isdecimal() and int(length[:20]) > MAX_BODY_BYTES:
+            raise TooLarge(MAX_BODY_BYTES)
+        try:
+            async with asyncio.timeout(BODY_TIMEOUT_S):
+                return await self._read()
+        except TimeoutError:
+            raise RequestTimeout from None
+
+    async def _read(self) -> bytes:
+        body = bytearray()
+        while True:
+            message = await self._receive()
+            if message["type"] == "http.disconnect":
+                raise ClientGone
+            body += message.get("body", b"")
+            if len(body) > MAX_BODY_BYTES:
+                raise TooLarge(MAX_BODY_BYTES)
+            if not message.get("more_body", False):
+                return bytes(body)
+
+    def _check_is_json(self) -> None:
+        kind, _, parameters = self.header("content-type").lower().partition(";")
+        charset = re.search(r"charset=\"?([\w-]+)", parameters)
+        if kind.strip() != "application/json" or (charset and charset[1] not in ("utf-8", "utf8")):
+            raise UnsupportedMediaType
+        if self.header("content-encoding").strip().lower() not in ("", "identity"):
+            raise UnsupportedMediaType
+
+    async def until_gone(self) -> None:
+        """Returns when the client has left."""
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+
+    async def answer(
+        self, status: int, body: bytes, headers: Iterable[tuple[bytes, bytes]]
+    ) -> None:
+        length = (b"content-length", str(len(body)).encode())
+        await self._start(status, (b"content-type", b"application/json"), length, *headers)
+        await self.write(b"" if self.method == "HEAD" else body, more=False)
+
+    async def begin_events(self) -> None:
+        # NOTE: a proxy that buffers would turn the stream into one late answer.
+        await self._start(
+            200,
+            (b"content-type", b"text/event-stream; charset=utf-8"),
+            (b"x-accel-buffering", b"no"),
+        )
+
+    async def write(self, data: bytes, *, more: bool) -> None:
+        self._ended = not more
+        await self._send({"type": "http.response.body", "body": data, "more_body": more})
+
+    async def fail(self, error: ServiceError) -> None:
+        """The error as a response, or as the stream's last event if it has begun."""
+        body = encode_json(error.body())
+        if not self.begun:
+            await self.answer(error.status, body, *_error_headers(error))
+        elif not self._ended:
+            await self.write(_event(body), more=False)
+
+    async def _start(self, status: int, *headers: tuple[bytes, bytes]) -> None:
+        self.begun = True
+        every = [*headers, *SECURITY_HEADERS, *self._extra_headers]
+        await self._send({"type": "http.response.start", "status": status, "headers": every})
+
+    def _identity(self, names_itself: bool) -> list[tuple[bytes, bytes]]:
+        """Our id of the request, and the client's own if it is fit to be shown."""
+        found = []
+        if names_itself:
+            found.append((b"x-request-id", b"req_" + secrets.token_hex(16).encode()))
+        theirs = self.headers.get("x-request-id", b"")
+        if re.fullmatch(rb"[\x20-\x7e]{1,128}", theirs):
+            found.append((b"x-client-request-id", theirs))
+        return found
+
+
+def _error_headers(error: ServiceError) -> list[tuple[bytes, bytes]]:
+    headers = []
+    if error.retry_after_s is not None:
+        headers.append((b"retry-after", str(error.retry_after_s).encode()))
+    if isinstance(error, Unauthorized):
+        headers.append((b"www-authenticate", b"Bearer"))
+    if isinstance(error, MethodNotAllowed):
+        headers.append((b"allow", error.allowed.encode()))
+    return headers
+
+
+def _event(data: bytes) -> bytes:
+    return b"data: " + data + b"\n\n"
+
+
+Handler = Callable[[Service, Exchange, str], Awaitable[None]]
+"""Answers one exchange; the text is the tenant, empty without API keys."""
+
+
+async def _livez(service: Service, exchange: Exchange, tenant: str) -> None:
+    await exchange.answer(200, b'{"status":"alive"}')
+
+
+async def _readyz(service: Service, exchange: Exchange, tenant: str) -> None:
+    if not service.client.ready:
+        raise EngineUnavailable
+    await exchange.answer(200, b'{"status":"ready"}')
+
+
+def _model(service: Service) -> Model:
+    info = service.client.info
+    return Model(service.model, service.created, None if info is None else info.max_model_len)
+
+
+async def _models(service: Service, exchange: Exchange, tenant: str) -> None:
+    await exchange.answer(200, encode_json(ModelList([_model(service)])))
+
+
+async def _model_named(service: Service, exchange: Exchange, tenant: str) -> None:
+    check_model(exchange.path.removeprefix(MODEL_PREFIX), service.model)
+    await exchange.answer(200, encode_json(_model(service)))
+
+
+async def _completions(service: Service, exchange: Exchange, tenant: str) -> None:
+    await _generate(service, exchange, tenant, _plan_completion, "cmpl-")
+
+
+async def _chat_completions(service: Service, exchange: Exchange, tenant: str) -> None:
+    await _generate(service, exchange, tenant, _plan_chat, "chatcmpl-")
+
+
+Planner = Callable[[Service, ModelLimits, bytes, str], Plan]
+
+
+def _plan_completion(service: Service, limits: ModelLimits, data: bytes, tenant: str) -> Plan:
+    request = parse_completion(data)
+    check_model(request.model, service.model)
+    salt = _salt(tenant, request.cache_salt)
+    seed = secrets.randbits(63)
+    return plan_completion(request, service.tokenizer, limits, seed=seed, salt=salt)
+
+
+def _plan_chat(service: Service, limits: ModelLimits, data: bytes, tenant: str) -> Plan:
+    request = parse_chat(data)
+    check_model(request.model, service.model)
+    salt = _salt(tenant, request.cache_salt)
+    seed = secrets.randbits(63)
+    return plan_chat(request, service.tokenizer, limits, seed=seed, salt=salt)
+
+
+def _salt(tenant: str, asked: str | None) -> str:
+    """Holders of different keys never share cached prefixes, whatever salt they send."""
+    return f"{tenant}/{asked or ''}" if tenant else asked or ""
+
+
+async def _generate(
+    service: Service, exchange: Exchange, tenant: str, planner: Planner, prefix: str
+) -> None:
+    """Plan, run and answer one request; what ends early is counted as refused."""
+    client = service.client
+    num_refused = 1
+    try:
+        data = await exchange.body()
+        limits = service.limits()
+        if len(data) > LONG_BODY_BYTES:
+            plan = await asyncio.to_thread(planner, service, limits, data, tenant)
+        else:
+            plan = planner(service, limits, data, tenant)
+        num_refused = len(plan.specs)
+        generations = client.generate(plan.specs)
+    except (ServiceError, ClientGone):
+        client.num_received += num_refused
+        client.num_rejected += num_refused
+        raise
+    client.num_received += len(plan.specs)
+    answer = Answer(
+        plan,
+        service.tokenizer,
+        answer_id=prefix + secrets.token_hex(16),
+        created=int(time.time()),
+        model=service.model,
+    )
+    watch = asyncio.create_task(exchange.until_gone())
+    watch.add_done_callback(lambda _: generations.cancel())
+    try:
+        async with generations:
+            reply = _stream if plan.stream else _whole
+            await reply(exchange, plan, answer, generations)
+    finally:
+        watch.cancel()
+
+
+async def _whole(exchange: Exchange, plan: Plan, answer: Answer, generations: Generations) -> None:
+    async for events in generations:
+        for choice, index in answer.feed(events):
+            generations.finish(choice, index)
+        answer.collect(events)
+    if generations.cancelled:
+        raise ClientGone
+    body = answer.body(generations.num_cached, generations.prompt_logprobs)
+    await exchange.answer(200, encode_json(body))
+
+
+async def _stream(exchange: Exchange, plan: Plan, answer: Answer, generations: Generations) -> None:
+    """Headers wait for the first token, so that what fails before has its own status."""
+    async for events in generations:
+        for choice, index in answer.feed(events):
+            generations.finish(choice, index)
+        if not exchange.begun:
+            await exchange.begin_events()
+        chunks = answer.stream(events, generations.prompt_logprobs)
+        if chunks:
+            data = b"".join([_event(encode_json(chunk)) for chunk in chunks])
+            await exchange.write(data, more=True)
+    if generations.cancelled:
+        raise ClientGone
+    last = b""
+    if plan.include_usage:
+        last = _event(encode_json(answer.usage_event(generations.num_cached)))
+    await exchange.write(last + _event(b"[DONE]"), more=False)
+
+
+MODEL_PREFIX = "/v1/models/"
+
+OPEN_ROUTES: Mapping[str, Handler] = {"/livez": _livez, "/readyz": _readyz, "/health": _readyz}
+"""Probes: they need no API key."""
+
+ROUTES: Mapping[str, tuple[str, Handler]] = {
+    "/v1/models": ("GET", _models),
+    "/v1/completions": ("POST", _completions),
+    "/v1/chat/completions": ("POST", _chat_completions),
+}
+
+
+def _route(service: Service, exchange: Exchange) -> tuple[Handler, str]:
+    """The handler of an exchange and its tenant; every route but the probes needs a key."""
+    probe = OPEN_ROUTES.get(exchange.path)
+    if probe is not None:
+        _check_method(exchange.method, "GET")
+        return probe, ""
+    tenant = service.keys.tenant(exchange.header("authorization"))
+    allowed, handler = ROUTES.get(exchange.path, ("", None))
+    if exchange.path.startswith(MODEL_PREFIX):
+        allowed, handler = "GET", _model_named
+    if handler is None:
+        raise NotFound("There is no such route.", code="unknown_url")
+    _check_method(exchange.method, allowed)
+    return handler, tenant
+
+
+def _check_method(method: str, allowed: str) -> None:
+    if method != allowed and not (method == "HEAD" and allowed == "GET"):
+        raise MethodNotAllowed(allowed)
+
+
+async def _respond(service: Service, exchange: Exchange) -> None:
+    """Every way an exchange can end is an answer, an event, or nobody left to tell."""
+    try:
+        handler, tenant = _route(service, exchange)
+        await handler(service, exchange, tenant)
+    except ClientGone:
+        return
+    except ServiceError as error:
+        if error.status == 500:
+            log.error("a request failed: %s", error)
+        await exchange.fail(error)
+    except OSError:
+        return  # the server found the connection closed while we wrote
+    except Exception:
+        log.exception("a request failed")
+        await exchange.fail(ServiceError())
+
+
+async def _lifespan(service: Service, receive: Receive, send: Send) -> None:
+    while True:
+        message = await receive()
+        if message["type"] == "lifespan.startup":
+            await service.client.start()
+            await send({"type": "lifespan.startup.complete"})
+        elif message["type"] == "lifespan.shutdown":
+            await service.client.close()
+            await send({"type": "lifespan.shutdown.complete"})
+            return
+
+
+def build_api(service: Service, *, names_requests: bool = True) -> ASGIApp:
+    """The ASGI app. Under Serve, whose own middleware sets `x-request-id`, we must not."""
+
+    async def api(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await _lifespan(service, receive, send)
+        elif scope["type"] == "http":
+            exchange = Exchange(scope, receive, send, names_itself=names_requests)
+            await _respond(service, exchange)
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1000})
+
+    return api
+
+
+@serve.deployment(max_ongoing_requests=4096, health_check_period_s=1)
+@serve.ingress()
+class Ingress:
+    """The HTTP front as a Serve deployment: stateless, any number of replicas."""
+
+    def __init__(self, config: ServiceConfig, driver: DeploymentHandle) -> None:
+        folder = Path(config.engine.model) if config.engine.model else workers.bundled.path()
+        context = ray.get_runtime_context()
+
+        async def locate() -> EngineInfo:
+            return await driver.endpoint.remote()
+
+        client = DriverClient(
+            locate,
+            name=f"ingress-{context.get_actor_id() or 'local'}",
+            node_id=context.get_node_id(),
+            resume_wait_s=config.service.resume_wait_s,
+        )
+        self._service = Service(
+            client,
+            ChatTokenizer.load(folder),
+            model=config.service.served_model_name or folder.name,
+            api_keys=config.service.api_keys,
+        )
+
+    def __serve_build_asgi_app__(self) -> ASGIApp:
+        """Serve calls this in the replica, after the constructor."""
+        return build_api(self._service, names_requests=False)
