@@ -41,6 +41,7 @@ FORK_TIMEOUT_S = 120.0
 """For the zygote's imports, on a machine with a cold cache."""
 
 KILL_TIMEOUT_S = 10.0
+PROGRESS_S = 1.0
 LOOK_AGAIN_S = 0.5
 
 
@@ -330,14 +331,19 @@ class RayFleet:
     def _reserve(self, need: Need) -> PlacementGroup:
         """The placement group, once the cluster has room for it."""
         group = self._group = placement_group(need.bundles(), strategy=need.strategy)
-        deadline = time.monotonic() + self._cluster_wait_s
-        while not group.wait(min(1.0, max(0.01, deadline - time.monotonic()))):
+        began = told = time.monotonic()
+        while state_of(group) != "CREATED":
+            time.sleep(0.02)
+            now = time.monotonic()
+            if now - told < PROGRESS_S and now - began < self._cluster_wait_s:
+                continue
+            told = now
             missing = need.shortage(free_nodes()) or ClusterError(
                 f"needs {need.num_nodes} placement bundles of {need.bundles()[0]}; Ray has not "
                 "placed them, though the nodes seem to have room"
             )
             self._progress(str(missing))
-            if time.monotonic() >= deadline:
+            if now - began >= self._cluster_wait_s:
                 raise missing
         return group
 
@@ -400,7 +406,7 @@ class RayFleet:
             os.close(pidfd)
         self._pidfds = []
         while self._group is not None and time.monotonic() < deadline:
-            if placement_group_table(self._group).get("state") == "REMOVED":
+            if state_of(self._group) == "REMOVED":
                 return
             time.sleep(0.02)
 
@@ -437,6 +443,10 @@ class Watch:
                 with self._lock:
                     self._deaths.append(death)
                     os.eventfd_write(self._wake, 1)
+
+
+def state_of(group: PlacementGroup) -> str:
+    return placement_group_table(group).get("state", "")
 
 
 def how_a_run_ended(run: Any) -> str:

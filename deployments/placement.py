@@ -85,7 +85,7 @@ class Need:
         )
         for what, needed, free in kinds:
             num_fitting = sum(amount >= needed for amount in free)
-            if num_fitting >= self.num_nodes:
+            if num_fitting >= self.num_nodes or needed == 0:
                 continue
             if self.num_nodes == 1:
                 return ClusterTooSmall(_short(needed), _short(max(free, default=0)), what)
