@@ -15,6 +15,7 @@ from deployments.engine import Engine, EngineFailed
 from deployments.fleet import RayFleet
 from deployments.messages import EngineInfo
 from deployments.metrics import MetricsServer
+from workers.protocol import Hello
 
 
 def show(sentence: str) -> None:
@@ -53,6 +54,10 @@ class Driver:
     async def endpoint(self) -> EngineInfo:
         """Where to connect; ingresses ask at start and after a silence."""
         return self._engine.info()
+
+    async def ranks(self) -> list[Hello]:
+        """Where every rank runs: node, process, device."""
+        return self._engine.ranks()
 
     async def metrics_address(self) -> str:
         """host:port of /metrics; empty if it is off."""

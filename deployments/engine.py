@@ -43,7 +43,7 @@ from deployments.scheduler import RequestTooLarge, Scheduler, route
 from deployments.sockets import CurveKeys, Gate, IpcFolder, bind_router
 from deployments.worker_link import LinkFull, WorkerLink
 from workers.config import EngineConfig, Environment
-from workers.protocol import TokenLogprobs, unpack
+from workers.protocol import Hello, TokenLogprobs, unpack
 from workers.spec import read_failpoints
 
 log = logging.getLogger("lockstep.engine")
@@ -174,6 +174,11 @@ class Engine:
             beat_ms=self.config.beat_ms,
         )
 
+    def ranks(self) -> list[Hello]:
+        """Where every rank of the present epoch runs."""
+        gang = self._gang
+        return gang.where() if gang else []
+
     def health(self) -> Health:
         gang = self._gang
         return Health(
@@ -183,6 +188,30 @@ class Engine:
             oldest_step_s=gang.oldest_step_age(time.monotonic()) if gang else 0.0,
             hopeless=self._hopeless is not None,
         )
+
+    @property
+    def num_waiting(self) -> int:
+        return sum(len(scheduler.waiting) for scheduler in self._schedulers())
+
+    @property
+    def num_running(self) -> int:
+        return sum(scheduler.num_running for scheduler in self._schedulers())
+
+    @property
+    def num_pages(self) -> int:
+        return sum(scheduler.pool.num_pages for scheduler in self._schedulers())
+
+    @property
+    def num_free_pages(self) -> int:
+        return sum(scheduler.pool.num_free for scheduler in self._schedulers())
+
+    @property
+    def num_preemptions(self) -> int:
+        return sum(scheduler.num_preemptions for scheduler in self._schedulers())
+
+    def _schedulers(self) -> list[Scheduler]:
+        gang = self._gang
+        return gang.schedulers if gang else []
 
     def stop(self) -> None:
         """End every rank and release everything; returns when that is done."""
@@ -518,12 +547,11 @@ class Engine:
                 box.prompt_logprobs.append((number, position, values))
 
     def _beat(self) -> DriverBeat:
-        schedulers = self._gang.schedulers if self._gang else []
         return DriverBeat(
             epoch=self._epoch,
             ready=self._ready.is_set(),
-            num_waiting=sum(len(s.waiting) for s in schedulers),
-            num_running=sum(s.num_running for s in schedulers),
+            num_waiting=self.num_waiting,
+            num_running=self.num_running,
         )
 
     def _tell_all(self) -> None:

@@ -151,6 +151,10 @@ class Gang:
         """Seconds since the oldest step under way was sent; 0 when there is none."""
         return max((now - sent for sent in self._sent_at.values()), default=0.0)
 
+    def where(self) -> list[Hello]:
+        """What each rank said of itself: node, process, device."""
+        return [hello for _, hello in sorted(self._hello.items())]
+
     def stop(self) -> None:
         """Tell every rank to leave."""
         message = encode(Stop(self.epoch))

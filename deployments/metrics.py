@@ -28,7 +28,6 @@ class EngineCollector:
     def collect(self) -> Iterator[Metric]:
         engine = self._engine
         counters, health = engine.counters, engine.health()
-        yield from self._requests()
         yield _gauge("lockstep_ready", "1 if every rank serves", float(health.ready))
         yield _gauge("lockstep_epoch", "Times the ranks have been started", health.epoch)
         yield _gauge("lockstep_requests_waiting", "Requests without a slot", engine.num_waiting)

@@ -130,7 +130,12 @@ class TorchTransport:
         dist.all_reduce(x, group=self.process_group)
 
     def all_gather(self, out: Tensor, x: Tensor) -> None:
-        dist.all_gather_into_tensor(out, x, group=self.process_group)
+        _all_gather(out, x, group=self.process_group)
 
     def reduce_scatter(self, out: Tensor, x: Tensor) -> None:
-        dist.reduce_scatter_tensor(out, x, group=self.process_group)
+        _reduce_scatter(out, x, group=self.process_group)
+
+
+# torch 2.13 renamed these two and warns of the old names; 2.11 has only those.
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)

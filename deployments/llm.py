@@ -1,0 +1,273 @@
+"""`LLM`: the engine inside your own process, without Ray and without HTTP.
+
+    from deployments.llm import LLM, SamplingParams
+
+    with LLM(model="/models/Qwen3-8B", tp_size=2) as llm:
+        for answer in llm.chat(["What is 128+305?"], SamplingParams(max_tokens=64)):
+            print(answer.text)
+
+Ranks are processes of this machine; several nodes need Ray and `lockstep serve`. `LLM` speaks to
+its engine as an ingress does, over the same socket and messages, so what is measured here is what
+is served.
+"""
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import zmq
+from tqdm import tqdm
+
+from deployments.config import ServiceConfig
+from deployments.engine import Engine
+from deployments.fleet import LocalFleet
+from deployments.messages import Finish, IngressBeat, Refused, Submit, Tokens, decode_to_ingress
+from deployments.tokenizer import ChatTokenizer, Detokenizer, StopMatcher, TokenBytes
+from workers import bundled
+from workers.protocol import MAX_MESSAGE_BYTES, Sampling, TokenLogprobs, encode, pack
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How one prompt is answered; the names are OpenAI's and vLLM's."""
+
+    max_tokens: int = 16
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    min_tokens: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logprobs: int | None = None
+
+    def sampling(self, stop_token_ids: tuple[int, ...], seed: int) -> Sampling:
+        return Sampling(
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            repetition_penalty=self.repetition_penalty,
+            min_tokens=self.min_tokens,
+            stop_token_ids=() if self.ignore_eos else stop_token_ids,
+            num_logprobs=-1 if self.logprobs is None else self.logprobs,
+            seed=seed,
+        )
+
+
+@dataclass(slots=True)
+class Answer:
+    """One prompt's answer."""
+
+    prompt_ids: list[int]
+    ids: list[int] = field(default_factory=list)
+    text: str = ""
+    finish_reason: str | None = None
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    num_cached: int = 0
+    """Prompt tokens found in the prefix cache."""
+
+
+class EngineLost(RuntimeError):
+    """The engine lost a rank while it answered; what it had is gone."""
+
+
+class LLM:
+    def __init__(self, *, in_process: bool = False, **settings: Any) -> None:
+        """`settings` are those of `lockstep serve` (see `workers.config.EngineConfig`).
+
+        `in_process` runs the one rank of a world of one as a thread of this process.
+        """
+        self.config = ServiceConfig.from_args(settings).engine
+        folder = Path(self.config.model) if self.config.model else bundled.path()
+        self._folder = folder
+        self._tokenizer: ChatTokenizer | None = None
+        self._engine = Engine(self.config, LocalFleet(in_process=in_process))
+        self._engine.start()
+        try:
+            self._engine.wait_ready()
+        except BaseException:
+            self._engine.stop()
+            raise
+        info = self._engine.info()
+        self.max_model_len, self.vocab_size = info.max_model_len, info.vocab_size
+        self._stop_token_ids, self._epoch = info.stop_token_ids, info.epoch
+        self._beat_ms = info.beat_ms
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.DEALER)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.SNDHWM, 0)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+        self._socket.connect(info.ipc_address)
+        self._num_requests = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._engine.stop()
+        self._context.destroy(linger=0)
+
+    @property
+    def engine(self) -> Engine:
+        return self._engine
+
+    @property
+    def tokenizer(self) -> ChatTokenizer:
+        """Read when first needed: prompts of token ids need none."""
+        if self._tokenizer is None:
+            self._tokenizer = ChatTokenizer.load(self._folder)
+        return self._tokenizer
+
+    def chat(
+        self,
+        questions: Sequence[str],
+        params: SamplingParams | Sequence[SamplingParams] = SamplingParams(),
+        *,
+        use_tqdm: bool = False,
+    ) -> list[Answer]:
+        """Answer each question as the first turn of a chat."""
+        prompts = [
+            self.tokenizer.encode_chat([{"role": "user", "content": question}], {})
+            for question in questions
+        ]
+        return self.generate(prompts, params, use_tqdm=use_tqdm)
+
+    def generate(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams] = SamplingParams(),
+        *,
+        detokenize: bool = True,
+        use_tqdm: bool = False,
+    ) -> list[Answer]:
+        """Continue each prompt (text or token ids); all of them run together."""
+        every = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        if len(every) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts came with {len(every)} sampling params")
+        ids = [self.tokenizer.encode(p) if isinstance(p, str) else list(p) for p in prompts]
+        first = self._num_requests
+        self._num_requests += len(ids)
+        readers = {
+            first + number: _Reader(
+                Answer(prompt_ids), one, self._token_bytes() if detokenize else None
+            )
+            for number, (prompt_ids, one) in enumerate(zip(ids, every, strict=True))
+        }
+        for request, reader in readers.items():
+            self._submit(request, reader)
+        self._collect(dict(readers), use_tqdm)
+        return [reader.answer for reader in readers.values()]
+
+    def _token_bytes(self) -> TokenBytes:
+        return self.tokenizer.token_bytes
+
+    def _submit(self, request: int, reader: "_Reader") -> None:
+        params, prompt = reader.params, reader.answer.prompt_ids
+        seed = secrets.randbits(63) if params.seed is None else params.seed
+        sampling = params.sampling(self._stop_token_ids, seed)
+        self._send(
+            Submit(
+                epoch=self._epoch,
+                request=request,
+                tokens=pack(prompt),
+                num_prompt=len(prompt),
+                max_tokens=min(params.max_tokens, self.max_model_len - len(prompt)),
+                stop_token_ids=sampling.stop_token_ids,
+                sampling=sampling,
+            )
+        )
+
+    def _send(self, message: Submit | Finish | IngressBeat) -> None:
+        self._socket.send(encode(message))
+
+    def _collect(self, readers: "dict[int, _Reader]", use_tqdm: bool) -> None:
+        bar = tqdm(total=len(readers), disable=not use_tqdm, unit="prompt")
+        with bar:
+            while readers:
+                if not self._socket.poll(self._beat_ms):
+                    self._send(IngressBeat())
+                    continue
+                message = decode_to_ingress(self._socket.recv())
+                if isinstance(message, Tokens):
+                    bar.update(self._on_tokens(message, readers))
+                elif isinstance(message, Refused) and message.request in readers:
+                    raise ValueError(message.message)
+                elif not isinstance(message, Refused):
+                    self._send(IngressBeat())
+                    if message.epoch != self._epoch or not message.ready:
+                        raise EngineLost(f"the engine lost a rank: {self._engine.health().reason}")
+
+    def _on_tokens(self, message: Tokens, readers: "dict[int, _Reader]") -> int:
+        for request, num_cached in message.num_cached:
+            if request in readers:
+                readers[request].answer.num_cached = num_cached
+        for request, _, values in message.logprobs:
+            if request in readers:
+                readers[request].answer.logprobs.append(values)
+        num_before = len(readers)
+        for request, token in zip(message.requests, message.tokens, strict=True):
+            reader = readers.get(request)
+            if reader is not None and reader.feed(token):
+                self._send(Finish(request, len(reader.answer.ids)))
+                del readers[request]
+        for request, reason in message.finished:
+            reader = readers.pop(request, None)
+            if reader is not None:
+                reader.end(reason)
+        return num_before - len(readers)
+
+
+class _Reader:
+    """Turns one answer's ids into text as they come."""
+
+    def __init__(
+        self, answer: Answer, params: SamplingParams, token_bytes: TokenBytes | None
+    ) -> None:
+        self.answer = answer
+        self.params = params
+        self._detokenizer = Detokenizer(token_bytes) if token_bytes else None
+        self._matcher = StopMatcher(params.stop)
+
+    def feed(self, token: int) -> bool:
+        """True if a stop string has just been completed."""
+        self.answer.ids.append(token)
+        if self._detokenizer is not None:
+            self.answer.text += self._matcher.feed(self._detokenizer.feed(token))
+            if self._matcher.stopped:
+                self.answer.finish_reason = "stop"
+                return True
+        return False
+
+    def end(self, reason: str) -> None:
+        if self._detokenizer is not None:
+            self.answer.text += self._matcher.feed(self._detokenizer.finish())
+            self.answer.text += self._matcher.finish()
+        self.answer.finish_reason = "stop" if self._matcher.stopped else reason
+
+
+def generate_lines(config: ServiceConfig, questions: Sequence[str], max_tokens: int) -> int:
+    """`lockstep generate`: one answer a line."""
+    settings = {name: getattr(config.engine, name) for name in config.engine.__struct_fields__}
+    with LLM(**settings) as llm:
+        params = SamplingParams(max_tokens=max_tokens, temperature=0.0)
+        for answer in llm.chat(questions, params):
+            print(answer.text)
+    return 0

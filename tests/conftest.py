@@ -1,0 +1,29 @@
+"""Fixtures shared by every test: where to run, and what a test may use."""
+
+import os
+
+# Ray's processes read these when they start, and some modules when they are imported.
+os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = "1"
+os.environ["RAY_AUTH_MODE"] = "disabled"
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"] = "0"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """`@pytest.mark.gpus(n)` names the hardware a test needs; without it the test is skipped."""
+    for mark in item.iter_markers("gpus"):
+        if torch.cuda.device_count() < mark.args[0]:
+            pytest.skip(f"needs {mark.args[0]} GPUs, found {torch.cuda.device_count()}")
+
+
+@pytest.fixture
+def device() -> str:
+    """Kernels run on the GPU where there is one, and in Triton's interpreter where there is not."""
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,181 @@
+"""One epoch's conversation, with a list for a socket and a number for a clock."""
+
+import pytest
+
+from deployments.gang import Gang, GangFailed
+from deployments.requests import Request
+from workers.config import EngineConfig
+from workers.protocol import (
+    PROTOCOL_VERSION,
+    STEP,
+    Ack,
+    Beat,
+    Failed,
+    Hello,
+    Ready,
+    Serve,
+    Start,
+    Started,
+    decode_header,
+    decode_to_worker,
+    digest,
+    pack,
+)
+
+CONFIG = EngineConfig(tp_size=2, dp_size=2, page_size=4, max_num_seqs=4, step_timeout_s=5.0)
+
+
+class Wire:
+    """What the gang has sent, by rank."""
+
+    def __init__(self):
+        self.sent = {}
+
+    def send(self, rank, *frames):
+        self.sent.setdefault(rank, []).append(frames)
+
+    def last(self, rank):
+        frames = self.sent[rank][-1]
+        return decode_to_worker(frames[1]) if frames[0] != STEP else frames
+
+
+def gang(config=CONFIG, epoch=1):
+    wire = Wire()
+    return Gang(config, epoch=epoch, now=0.0, send=wire.send), wire
+
+
+def hello(rank, device="cpu", version=PROTOCOL_VERSION):
+    return Hello(version, 1, rank, f"10.0.0.{rank}", 100 + rank, device, 7000 + rank)
+
+
+def bring_up(config=CONFIG, pages=40, now=1.0):
+    one, wire = gang(config)
+    for rank in range(config.layout.world_size):
+        one.on_message(rank, hello(rank), now)
+    for rank in range(config.layout.world_size):
+        one.on_message(rank, Ready(1, rank, pages + rank, 100, 300, (2,)), now)
+    for rank in range(config.layout.world_size):
+        one.on_message(rank, Started(1, rank), now)
+    return one, wire
+
+
+def add(one, replica=0, max_tokens=5):
+    request = Request(key=(b"a", replica), tokens=[5, 6], num_prompt=2, max_tokens=max_tokens)
+    one.schedulers[replica].add(request)
+    return request
+
+
+def ack(wire, rank, tokens=(9,)):
+    header = wire.last(rank)[1]
+    return Ack(
+        1,
+        rank,
+        decode_header(header).step,
+        digest(header),
+        digest(pack(tokens)),
+        b"",
+        0.01,
+        pack(tokens),
+    )
+
+
+def test_each_domain_meets_at_its_first_rank():
+    one, wire = gang()
+    for rank in (3, 1, 0):
+        one.on_message(rank, hello(rank), 0.0)
+    assert wire.sent == {}
+    one.on_message(2, hello(2), 0.0)
+    assert wire.last(1) == Start(1, "10.0.0.0", 7000)
+    assert wire.last(3) == Start(1, "10.0.0.2", 7002)
+
+
+def test_all_replicas_get_as_many_pages_as_the_poorest_rank_has():
+    one, wire = bring_up(pages=40)
+    assert one.serving
+    assert all(wire.last(rank) == Serve(1, 40) for rank in range(4))
+    assert [s.pool.num_pages for s in one.schedulers] == [40, 40]
+
+
+def test_a_cache_too_small_for_one_request_says_what_to_change():
+    with pytest.raises(GangFailed, match="less than one request of max_model_len=100: lower"):
+        bring_up(pages=20)
+
+
+def test_only_the_domain_with_work_steps():
+    one, wire = bring_up()
+    add(one, replica=1)
+    one.pump(2.0)
+    assert [wire.sent[rank][-1][0] == STEP for rank in range(4)] == [False, False, True, True]
+
+
+def test_tokens_come_out_when_all_ranks_of_the_domain_have_acknowledged():
+    one, wire = bring_up()
+    request = add(one, max_tokens=1)
+    one.pump(2.0)
+    assert one.on_message(0, ack(wire, 0), 2.1) == []
+    done = one.on_message(1, ack(wire, 1), 2.1)
+    assert done[0].accepted == [[(request, 0, 9)]]
+
+
+def test_another_version_is_refused():
+    one, _ = gang()
+    with pytest.raises(GangFailed, match="rank 1 speaks protocol 99 and the driver"):
+        one.on_message(1, hello(1, version=99), 0.0)
+
+
+def test_a_gpu_given_twice_is_refused():
+    one, _ = gang()
+    for rank in range(3):
+        one.on_message(rank, hello(rank, device=f"GPU-{rank}"), 0.0)
+    with pytest.raises(GangFailed, match="ranks 1 and 3 were both given GPU GPU-1"):
+        one.on_message(3, hello(3, device="GPU-1"), 0.0)
+
+
+def test_a_failure_is_told_with_its_rank():
+    one, _ = bring_up()
+    with pytest.raises(GangFailed, match="rank 2 failed: out of memory") as caught:
+        one.on_message(2, Failed(1, 2, "out of memory"), 2.0)
+    assert caught.value.rank == 2
+
+
+def test_a_silent_rank_is_named_after_eight_beats():
+    one, _ = bring_up(now=1.0)
+    for rank in (0, 1, 3):
+        one.on_message(rank, Beat(1, rank, 0), 3.0)
+    one.check(2.9)
+    with pytest.raises(GangFailed, match=r"ranks \[2\] have not been heard for 2.0 s"):
+        one.check(3.1)
+
+
+def beat_all(one, now, behind=()):
+    for rank in range(4):
+        one.on_message(rank, Beat(1, rank, -1 + (rank not in behind)), now)
+
+
+def test_the_rank_that_has_not_begun_a_late_step_is_named():
+    one, _ = bring_up(now=1.0)
+    add(one)
+    one.pump(2.0)
+    beat_all(one, 6.9, behind=[1])
+    one.check(6.9)
+    beat_all(one, 7.1, behind=[1])
+    with pytest.raises(GangFailed, match=r"ranks \[1\] have not begun step 0 within 5 s") as caught:
+        one.check(7.1)
+    assert caught.value.rank == 1
+
+
+def test_a_late_step_that_all_have_begun_names_those_not_done():
+    one, wire = bring_up(now=1.0)
+    add(one, max_tokens=1)
+    one.pump(2.0)
+    one.on_message(1, ack(wire, 1), 2.5)
+    beat_all(one, 7.1)
+    with pytest.raises(GangFailed, match=r"ranks \[0\] have not finished step 0 within 5 s"):
+        one.check(7.1)
+
+
+def test_ranks_that_never_come_are_named():
+    one, _ = gang(EngineConfig(tp_size=2, start_timeout_s=10.0))
+    one.on_message(0, hello(0), 9.9)
+    with pytest.raises(GangFailed, match=r"ranks \[1\] have not said Hello within 10 s"):
+        one.check(10.1)
