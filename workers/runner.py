@@ -374,6 +374,11 @@ def _limit_of(config: EngineConfig, model: Model) -> int:
 
 
 def _check_header(header: Header, rows: StepRows, replica: int) -> None:
+    if not replica < len(header.num_rows) == len(header.num_logit_rows):
+        raise ProtocolError(
+            f"step {header.step} counts {len(header.num_rows)} replicas' rows and "
+            f"{len(header.num_logit_rows)} replicas' logit rows, and this is replica {replica}"
+        )
     counted = (rows.num_rows, rows.num_logit_rows)
     told = (header.num_rows[replica], header.num_logit_rows[replica])
     if counted != told:

@@ -280,7 +280,7 @@ class Sampler:
         truncation = None
         if any(needs_of(one) & TRUNCATE for one in chosen):
             truncation = Truncation(
-                self._integers([one.top_k for one in chosen]),
+                self._integers([min(one.top_k, self._vocab_size) for one in chosen]),
                 self._floats([one.top_p for one in chosen]),
                 self._floats([one.min_p for one in chosen]),
             )

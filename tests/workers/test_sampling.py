@@ -170,6 +170,12 @@ def test_truncation_keeps_what_a_plain_loop_keeps(vocab_size, spread):
         assert torch.equal(lowest_kept(logits[row : row + 1], one), lowest[row : row + 1])
 
 
+def test_a_top_k_beyond_the_vocabulary_keeps_all():
+    huge = Sampling(temperature=1.0, seed=3, top_k=2**63 - 1)
+    logits = [0.1 * token for token in range(20)]
+    assert only(huge, logits) == only(Sampling(temperature=1.0, seed=3), logits)
+
+
 def test_equal_ids_stay_together():
     limits = Truncation(torch.tensor([2]), torch.tensor([1.0]), torch.tensor([0.0]))
     lowest = lowest_kept(torch.tensor([[1.0, 5.0, 1.0, 1.0, 0.0]]), limits)
