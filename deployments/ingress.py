@@ -185,9 +185,7 @@ class Exchange:
         while (await self._receive())["type"] != "http.disconnect":
             pass
 
-    async def answer(
-        self, status: int, body: bytes, headers: Iterable[tuple[bytes, bytes]]
-    ) -> None:
+    async def answer(self, status: int, body: bytes, *headers: tuple[bytes, bytes]) -> None:
         length = (b"content-length", str(len(body)).encode())
         await self._start(status, (b"content-type", b"application/json"), length, *headers)
         await self.write(b"" if self.method == "HEAD" else body, more=False)
