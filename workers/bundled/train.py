@@ -1,6 +1,6 @@
 """Train the bundled model from nothing, measure it, and write its checkpoint.
 
-    python -m workers.bundled.train --device cuda --minutes 6 --out workers/bundled/model
+    python -m workers.bundled.train --device cuda --minutes 7 --out workers/bundled/model
 
 The learning rate falls with whichever is further gone, the steps or the minutes, so a run on any
 machine ends annealed and in time; the final measurement and the writing come after it. Every step
@@ -39,7 +39,7 @@ from workers.bundled.rows import (
 )
 
 FINAL_SAMPLE = {ADDITION: 2000, COUNTING: 300, REVERSING: 300}
-INTERIM_SAMPLE = {ADDITION: 200, COUNTING: 30, REVERSING: 60}
+INTERIM_SAMPLE = {ADDITION: 1000, COUNTING: 100, REVERSING: 300}
 NUM_CHATS = 500
 
 FINAL_SEED, INTERIM_SEED = 0, 1
