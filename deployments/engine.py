@@ -148,6 +148,11 @@ class Engine:
     def start(self) -> None:
         self._thread.start()
 
+    @property
+    def thread_ident(self) -> int:
+        """Of the loop's thread, for its CPU clock."""
+        return self._thread.ident or 0
+
     def wait_ready(self) -> None:
         """Return when all ranks serve; raise `EngineFailed` if they never will."""
         while not self._ready.wait(0.05):

@@ -82,16 +82,23 @@ class EngineLost(RuntimeError):
 
 
 class LLM:
-    def __init__(self, *, in_process: bool = False, **settings: Any) -> None:
+    def __init__(
+        self,
+        *,
+        in_process: bool = False,
+        runner: str = "workers.runner:ModelRunner",
+        **settings: Any,
+    ) -> None:
         """`settings` are those of `lockstep serve` (see `workers.config.EngineConfig`).
 
-        `in_process` runs the one rank of a world of one as a thread of this process.
+        `in_process` runs the one rank of a world of one as a thread of this process; `runner`
+        names what computes the steps (`module:class`).
         """
         self.config = ServiceConfig.from_args(settings).engine
         folder = Path(self.config.model) if self.config.model else bundled.path()
         self._folder = folder
         self._tokenizer: ChatTokenizer | None = None
-        self._engine = Engine(self.config, LocalFleet(in_process=in_process))
+        self._engine = Engine(self.config, LocalFleet(in_process=in_process), runner=runner)
         self._engine.start()
         try:
             self._engine.wait_ready()

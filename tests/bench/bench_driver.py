@@ -1,0 +1,79 @@
+"""What a step costs the driver, with 256 requests in steady decode.
+
+    python -m tests.bench.bench_driver
+
+Two figures. `plan_step` alone: microseconds a request. And the engine thread's CPU time a step
+(plan, encode, send, decode acks, agree, advance, tell the ingress), read from the thread's own
+clock while a real `Engine` drives two real rank processes whose model computes nothing.
+"""
+
+import time
+
+from deployments.llm import LLM, SamplingParams
+from deployments.requests import Request
+from deployments.scheduler import Scheduler
+from tests.bench.results import record
+
+NUM_REQUESTS = 256
+COMMAND = "python -m tests.bench.bench_driver"
+
+
+def steady_scheduler() -> Scheduler:
+    scheduler = Scheduler(
+        num_pages=100_000, page_size=16, max_num_seqs=NUM_REQUESTS, max_num_batched_tokens=8192
+    )
+    for number in range(NUM_REQUESTS):
+        prompt = [number % 100 + 3] * (5 + number % 30)
+        scheduler.add(
+            Request(
+                key=(b"bench", number),
+                tokens=prompt,
+                num_prompt=len(prompt),
+                max_tokens=4000,
+                arrival=number,
+            )
+        )
+    return scheduler
+
+
+def bench_plan_step() -> None:
+    scheduler = steady_scheduler()
+    tokens = [7] * NUM_REQUESTS
+    plans, applies = [], []
+    for step in range(1500):
+        began = time.thread_time_ns()
+        plan = scheduler.plan_step(step)
+        planned = time.thread_time_ns()
+        scheduler.apply(step, tokens[: len(plan.sampled)])
+        applied = time.thread_time_ns()
+        if step > 300:
+            plans.append((planned - began) / NUM_REQUESTS / 1000)
+            applies.append((applied - planned) / NUM_REQUESTS / 1000)
+    record("driver", "plan_step, 256 decodes", "us/request", plans, COMMAND)
+    record("driver", "apply, 256 decodes", "us/request", applies, COMMAND)
+
+
+def bench_engine_thread() -> None:
+    with LLM(
+        tp_size=2,
+        device="cpu",
+        max_num_seqs=NUM_REQUESTS,
+        runner="tests.bench.instant_runner:InstantRunner",
+    ) as llm:
+        clock = time.pthread_getcpuclockid(llm.engine.thread_ident)
+        per_step = []
+        for length in [100, *[1000] * 5]:
+            steps, cpu = llm.engine.counters.num_steps, time.clock_gettime(clock)
+            llm.generate(
+                [[5, 6, 7]] * NUM_REQUESTS,
+                SamplingParams(max_tokens=length, ignore_eos=True),
+                detokenize=False,
+            )
+            steps = llm.engine.counters.num_steps - steps
+            per_step.append((time.clock_gettime(clock) - cpu) / steps * 1e6)
+    record("driver", "engine thread, 256 requests, tp 2", "us CPU/step", per_step[1:], COMMAND)
+
+
+if __name__ == "__main__":
+    bench_plan_step()
+    bench_engine_thread()
