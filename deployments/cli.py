@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 the service could not start or failed, 2 the command is wr
 """
 
 import argparse
+import difflib
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +16,11 @@ from workers.config import EngineConfig
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
-    args = vars(parser.parse_args(argv))
+    known, unknown = parser.parse_known_args(argv)
+    if unknown:
+        print(f"lockstep: {_unknown(unknown[0])}", file=sys.stderr)
+        return 2
+    args = vars(known)
     command = args.pop("command")
     try:
         if command == "serve":
@@ -36,19 +41,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
+def _unknown(flag: str) -> str:
+    """What is wrong with an argument that no command takes."""
+    settings = (*fields(EngineConfig), *fields(ServiceSettings))
+    flags = [f"--{name.replace('_', '-')}" for name in settings]
+    near = difflib.get_close_matches(flag.partition("=")[0], flags, n=1)
+    return f"unknown argument `{flag}`" + (f": did you mean `{near[0]}`?" if near else "")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lockstep", description="Serve large language models from many GPUs on Ray."
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    serve = commands.add_parser("serve", help="serve a model over HTTP (OpenAI's API)")
+    serve = commands.add_parser("serve", allow_abbrev=False, help="serve a model over HTTP (OpenAI's API)")
     _add_settings(serve, EngineConfig)
     _add_settings(serve, ServiceSettings)
     chat = commands.add_parser("chat", help="talk to a running service")
     chat.add_argument("message", nargs="*", help="one message; without it, a conversation")
     chat.add_argument("--url", default="http://127.0.0.1:8000", help="where the service listens")
     chat.add_argument("--model", default="", help="model to ask for; empty takes the first")
-    generate = commands.add_parser("generate", help="answer chat prompts here, without a service")
+    generate = commands.add_parser(
+        "generate", allow_abbrev=False, help="answer chat prompts here, without a service"
+    )
     generate.add_argument("prompt", nargs="+", help="what to ask")
     generate.add_argument("--max-tokens", type=int, default=256)
     _add_settings(generate, EngineConfig)

@@ -18,6 +18,7 @@ import inspect
 import itertools
 import textwrap
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 import msgspec
@@ -65,6 +66,11 @@ class ServiceSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 class ServiceConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     engine: EngineConfig = EngineConfig()
     service: ServiceSettings = ServiceSettings()
+
+    @property
+    def model_name(self) -> str:
+        """What clients ask for: the name given, else that of the model's folder."""
+        return self.service.served_model_name or Path(self.engine.model or "bundled").name
 
     @classmethod
     def from_args(cls, args: Mapping[str, Any]) -> "ServiceConfig":

@@ -467,7 +467,7 @@ class Ingress:
         self._service = Service(
             client,
             ChatTokenizer.load(folder),
-            model=config.service.served_model_name or folder.name,
+            model=config.model_name,
             api_keys=config.service.api_keys,
         )
 

@@ -6,6 +6,7 @@ throughput), token authentication, no usage statistics.
 """
 
 import contextlib
+import logging
 import re
 import signal
 import socket
@@ -76,7 +77,7 @@ def _cluster(config: ServiceConfig) -> Any:
             num_cpus=max(4, config.engine.layout.world_size + 2),
             include_dashboard=False,
             log_to_driver=True,
-            logging_level="warning",
+            logging_level=logging.WARNING,
         )
     try:
         yield
