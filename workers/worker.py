@@ -187,7 +187,7 @@ class Worker:
     def run(self) -> None:
         context = zmq.Context()
         link = DriverLink(context, self._spec)
-        pulse = Pulse(context, self._spec, step=lambda: self._chain.step, alone=self._alone)
+        pulse = Pulse(context, self._spec, step=self._step, alone=self._alone)
         pulse.start()
         try:
             self._serve(link)
@@ -204,6 +204,10 @@ class Worker:
     def leave(self) -> None:
         """Makes `run` return soon; for a rank that is a thread. Any thread may call it."""
         self._left.set()
+
+    def _step(self) -> int:
+        """For the beats; an epoch that has not begun is at its step 0."""
+        return max(0, self._chain.step)
 
     def _alone(self) -> None:
         print(

@@ -90,6 +90,13 @@ def is_running(pid):
         return False
 
 
+def wait_for(condition, timeout_s=3.0):
+    deadline = time.monotonic() + timeout_s
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert condition()
+
+
 def test_four_ranks_shake_hands_and_do_fifty_steps(local, launch):
     driver = launch(local, FOUR_RANKS)
     hellos = driver.handshake()
@@ -286,10 +293,7 @@ def test_no_rank_outlives_its_driver(folder):
         assert len(pids) == 2
         assert all(is_running(pid) for pid in pids)
         driver.kill()
-    deadline = time.monotonic() + 3
-    while any(is_running(pid) for pid in pids) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert not any(is_running(pid) for pid in pids)
+    wait_for(lambda: not any(is_running(pid) for pid in pids))
 
 
 @pytest.fixture(scope="module")
@@ -324,7 +328,7 @@ def on_ray(cluster):
     assert living == []
 
 
-def test_actors_step_and_a_killed_one_is_named(on_ray, launch, gate):
+def test_ranks_under_ray_step_and_are_back_after_a_fork(on_ray, launch, gate):
     driver = launch(on_ray, TWO_RANKS, gate=gate)
     hellos = driver.handshake()
     for _ in range(20):
@@ -332,20 +336,41 @@ def test_actors_step_and_a_killed_one_is_named(on_ray, launch, gate):
     os.kill(hellos[1].pid, signal.SIGKILL)
     [death], seconds = one_death(on_ray)
     node = hellos[1].node_ip
-    assert death.sentence.startswith(f"rank 1 (pid {hellos[1].pid} on {node}) died: its process")
+    assert death == (1, f"rank 1 (pid {hellos[1].pid} on {node}) died: signal SIGKILL")
     assert seconds < 0.5  # 0.03 s on an idle machine
     on_ray.kill()
-    assert not is_running(hellos[0].pid)
     on_ray.kill()
+    assert not is_running(hellos[0].pid)
 
-
-def test_a_stopped_actor_is_gone_after_kill(on_ray, launch, gate):
-    driver = launch(on_ray, TWO_RANKS, gate=gate)
+    began = time.monotonic()
+    driver = launch(on_ray, TWO_RANKS, epoch=2, gate=gate)
     hellos = driver.handshake()
+    assert time.monotonic() - began < 2  # 0.1 s on an idle machine; a new actor takes seconds
+    driver.run_step()
     os.kill(hellos[0].pid, signal.SIGSTOP)
     on_ray.kill()
     assert not any(is_running(hello.pid) for hello in hellos.values())
     assert on_ray.deaths() == []
+
+
+def parent_of(pid):
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_lost_actor_takes_its_rank_along_and_is_replaced(on_ray, launch, gate, number):
+    driver = launch(on_ray, ONE_RANK, gate=gate)
+    pid = driver.handshake()[0].pid
+    zygote = parent_of(pid)
+    actor = parent_of(zygote)
+    os.kill(actor, number)
+    if number == signal.SIGKILL:
+        [death], _ = one_death(on_ray)
+        assert f"rank 0 (pid {pid} on " in death.sentence
+        assert "died: its Ray actor is lost (" in death.sentence
+    on_ray.kill()
+    wait_for(lambda: not any(is_running(each) for each in (pid, zygote, actor)))
+    launch(on_ray, ONE_RANK, epoch=2, gate=gate).handshake()
 
 
 def test_a_cluster_that_stays_too_small_is_named_and_nothing_is_left(cluster, launch):

@@ -14,7 +14,7 @@ from workers import worker
 from workers.config import EngineConfig, Failpoint
 from workers.failpoints import Failpoints
 from workers.link import Pulse
-from workers.protocol import Body, Failed, Header, Hello, Ready, Start, digest, encode
+from workers.protocol import Beat, Body, Failed, Header, Hello, Ready, Start, digest, encode
 from workers.spec import WorkerSpec, read_failpoints
 from workers.worker import StepChain, StepRefused, Worker, refuse_foreign_kernels, sentence
 
@@ -169,6 +169,8 @@ def test_beats_carry_the_step(link, run):
     run()
     driver = TinyDriver(link, ALONE, epoch=1)
     driver.handshake()
+    driver.collect(Beat, 2)
+    assert link.num_dropped == 0
     for _ in range(3):
         driver.run_step()
     driver.inbox = []
