@@ -10,7 +10,7 @@ from workers.layers.linear import (
     even_columns,
     kv_columns,
 )
-from workers.layers.norm import rms_norm
+from workers.layers.norm import UnitRms
 from workers.layers.rotary import Rotation
 from workers.weights import Part, Source
 
@@ -21,12 +21,12 @@ class QueryKeyNorm:
     def __init__(self, build: Build, prefix: str, num_heads: int, num_kv_heads: int) -> None:
         self._prefix = prefix
         self._num_heads = num_heads
-        self._eps = build.config.rms_norm_eps
+        self._unit = UnitRms(build, build.config.head_dim)
         self.weight_ND = build.empty(num_heads + num_kv_heads, build.config.head_dim)
         """The queries' weight, once for each head, then the keys'."""
 
     def forward(self, qk_TND: Tensor) -> Tensor:
-        return rms_norm(qk_TND, None, self._eps).mul_(self.weight_ND)
+        return self._unit.forward(qk_TND, self.weight_ND)
 
     def sources(self) -> list[Source]:
         dim = self.weight_ND.shape[1]

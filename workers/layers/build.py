@@ -7,7 +7,7 @@ from torch import Tensor
 
 from parallel.groups import Group, Groups
 from workers.errors import BadSplit
-from workers.models.config import ModelConfig
+from workers.model_config import ModelConfig
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from workers.models.config import RopeConfig
+from workers.model_config import RopeConfig
 
 
 class Rotation(NamedTuple):

@@ -19,7 +19,7 @@ from torch import Tensor
 from parallel.groups import Groups
 from workers.batch import ForwardBatch
 from workers.layers.build import Build
-from workers.models.config import ModelConfig, check_split
+from workers.model_config import ModelConfig, check_split
 from workers.models.llama import DEFAULTS as LLAMA_DEFAULTS
 from workers.models.llama import build_llama
 from workers.models.mixtral import DEFAULTS as MIXTRAL_DEFAULTS

@@ -4,7 +4,7 @@ from workers.errors import BadModelConfig
 from workers.layers.attention import SelfAttention
 from workers.layers.build import Build
 from workers.layers.moe import ExpertNames, FusedExpertNames, SparseMLP
-from workers.models.config import MoeConfig
+from workers.model_config import MoeConfig
 from workers.models.decoder import Decoder, DecoderLayer
 
 DEFAULTS: dict[str, object] = {

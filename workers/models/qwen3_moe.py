@@ -5,7 +5,7 @@ from workers.layers.attention import SelfAttention
 from workers.layers.build import Build
 from workers.layers.mlp import GatedMLP
 from workers.layers.moe import ExpertNames, FusedExpertNames, SparseMLP
-from workers.models.config import MoeConfig
+from workers.model_config import MoeConfig
 from workers.models.decoder import MLP, Decoder, DecoderLayer
 
 DEFAULTS: dict[str, object] = {

@@ -1,0 +1,38 @@
+"""What an attention back end is handed."""
+
+import torch
+
+from parallel.layout import Layout
+from parallel.thread_world import run_thread_world
+from tests.workers.layers.tiny import build_on
+from workers.layers.attention import SelfAttention
+from workers.layers.rotary import RotaryTable
+
+
+class Recorder:
+    """An attention that answers with the queries and remembers its arguments."""
+
+    def attend(self, layer, q_THD, k_TGD, v_TGD, *, scale, sliding_window):
+        self.shapes = [tuple(x.shape) for x in (q_THD, k_TGD, v_TGD)]
+        self.settings = (layer, scale, sliding_window)
+        return q_THD
+
+
+def test_the_back_end_gets_this_ranks_heads_and_the_layers_settings():
+    def body(rank, groups):
+        build = build_on(groups)
+        layer = SelfAttention(
+            build, 3, qkv_bias=True, out_bias=True, qk_norm=True, sliding_window=16
+        )
+        for source in layer.sources():
+            for part in source.parts:
+                part.into.fill_(0.1)
+        rotary = RotaryTable(build.config.rope, 8, 64, build.device, build.dtype)
+        recorder = Recorder()
+        out = layer.forward(torch.ones(5, 32), rotary.at(torch.arange(5)), recorder)
+        return recorder.shapes, recorder.settings, out.shape
+
+    for shapes, settings, out_shape in run_thread_world(Layout(tp_size=4), body):
+        assert shapes == [(5, 1, 8)] * 3
+        assert settings == (3, 8**-0.5, 16)
+        assert out_shape == (5, 32)

@@ -1,0 +1,39 @@
+"""A split vocabulary looks up and scores like a whole one, also where it does not divide."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from parallel.layout import Layout
+from parallel.thread_world import run_thread_world
+from tests.workers.layers.tiny import build_on, fill
+from workers.layers.embedding import LMHead, VocabParallelEmbedding, VocabWeight
+
+
+@pytest.mark.parametrize("tp_size", [1, 2, 4])
+@pytest.mark.parametrize("vocab_size", [5, 256, 259])
+def test_equals_the_whole_vocabulary(vocab_size, tp_size):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(vocab_size, 32, generator=generator)
+    ids = torch.tensor([0, vocab_size - 1, vocab_size // 2, 1])
+    kept = ids.clone()
+
+    def body(rank, groups):
+        vocab = VocabWeight(build_on(groups, vocab_size=vocab_size), "embed")
+        fill(vocab.sources(), {"embed.weight": weight})
+        rows = VocabParallelEmbedding(vocab).forward(ids)
+        return rows, LMHead(vocab, vocab_size).forward(rows)
+
+    for rows, logits in run_thread_world(Layout(tp_size=tp_size), body):
+        assert torch.equal(rows, weight[ids])
+        assert logits.shape == (4, vocab_size)
+        torch.testing.assert_close(logits, F.linear(weight[ids], weight))
+    assert torch.equal(ids, kept)
+
+
+def test_logits_are_float32_whatever_the_model():
+    def body(rank, groups):
+        vocab = VocabWeight(build_on(groups, torch.bfloat16), "embed")
+        return LMHead(vocab, 259).forward(torch.zeros(2, 32, dtype=torch.bfloat16)).dtype
+
+    assert run_thread_world(Layout(tp_size=2), body) == [torch.float32] * 2

@@ -1,0 +1,50 @@
+"""The least that a layer can be built with."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from parallel.groups import Groups
+from workers.layers.build import Build
+from workers.model_config import ModelConfig, RopeConfig
+from workers.weights import Source
+
+CONFIG = ModelConfig(
+    architecture="LlamaForCausalLM",
+    vocab_size=259,
+    hidden_size=32,
+    intermediate_size=48,
+    num_layers=1,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    max_position_embeddings=64,
+    rms_norm_eps=1e-6,
+    rope=RopeConfig(theta=10000.0),
+    dtype="float32",
+    tie_word_embeddings=False,
+    attention_bias=False,
+    mlp_bias=False,
+    sliding_window=None,
+    use_sliding_window=False,
+    max_window_layers=0,
+    layer_types=None,
+    initializer_range=0.02,
+    moe=None,
+    stop_token_ids=(),
+)
+
+
+def build_on(groups: Groups, dtype: torch.dtype = torch.float32, **changes: Any) -> Build:
+    return Build(replace(CONFIG, **changes), groups, torch.device("cpu"), dtype)
+
+
+def fill(sources: Sequence[Source], full: Mapping[str, Tensor]) -> None:
+    """What the loader does, from a dictionary."""
+    for source in sources:
+        assert source.shape == full[source.name].shape
+        for part in source.parts:
+            part.into.copy_(full[source.name][part.region])
