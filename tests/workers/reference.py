@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import transformers
 from torch import Tensor
+from torch.nn import functional
 
 from parallel.groups import Groups, single_rank_groups
 from workers.batch import ForwardBatch
@@ -53,7 +53,7 @@ class DenseAttention:
             length = q.shape[0]
             distance = torch.arange(length)[:, None] - torch.arange(length)
             seen = (distance >= 0) & (distance < (sliding_window or length))
-            out = F.scaled_dot_product_attention(
+            out = functional.scaled_dot_product_attention(
                 q.transpose(0, 1)[None],
                 k.transpose(0, 1)[None],
                 v.transpose(0, 1)[None],

@@ -4,8 +4,8 @@ Every rank holds the same number of rows; where the vocabulary does not divide, 
 padding, which no id reaches and whose logits are cut off.
 """
 
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 from parallel.collectives import all_gather_columns, all_reduce
 from workers.layers.build import Build, padded_share
@@ -37,10 +37,10 @@ class VocabParallelEmbedding:
     def forward(self, ids_T: Tensor) -> Tensor:
         vocab = self._vocab
         if vocab.group.size == 1:
-            return F.embedding(ids_T, vocab.weight_VD)
+            return functional.embedding(ids_T, vocab.weight_VD)
         local_T = ids_T - vocab.take.start
         foreign_T = (ids_T < vocab.take.start) | (ids_T >= vocab.take.stop)
-        rows_TD = F.embedding(local_T.masked_fill_(foreign_T, 0), vocab.weight_VD)
+        rows_TD = functional.embedding(local_T.masked_fill_(foreign_T, 0), vocab.weight_VD)
         return all_reduce(rows_TD.masked_fill_(foreign_T.unsqueeze(1), 0.0), vocab.group)
 
 
@@ -51,6 +51,6 @@ class LMHead:
 
     def forward(self, hidden_RD: Tensor) -> Tensor:
         """float32 logits (R, vocab_size), the same on all ranks of the group."""
-        local_RV = F.linear(hidden_RD, self._vocab.weight_VD)
+        local_RV = functional.linear(hidden_RD, self._vocab.weight_VD)
         logits_RV = all_gather_columns(local_RV, self._vocab.group)
         return logits_RV[:, : self._vocab_size].float()

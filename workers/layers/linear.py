@@ -5,8 +5,8 @@ with a sum at the end. Biases and weights are in the checkpoint's layout, (out, 
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 from parallel.collectives import all_reduce
 from parallel.groups import Group
@@ -49,7 +49,7 @@ class ColumnParallelLinear:
         self.bias_N = build.empty(num_out) if bias else None
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return F.linear(x_TD, self.weight_ND, self.bias_N)
+        return functional.linear(x_TD, self.weight_ND, self.bias_N)
 
     def sources(self) -> list[Source]:
         sources: list[Source] = []
@@ -96,8 +96,8 @@ class RowParallelLinear:
 
     def forward(self, x_TD: Tensor) -> Tensor:
         if self.group.size == 1:
-            return F.linear(x_TD, self.weight_ND, self.bias_N)
-        out_TN = all_reduce(F.linear(x_TD, self.weight_ND), self.group)
+            return functional.linear(x_TD, self.weight_ND, self.bias_N)
+        out_TN = all_reduce(functional.linear(x_TD, self.weight_ND), self.group)
         return out_TN if self.bias_N is None else out_TN.add_(self.bias_N)
 
     def sources(self) -> list[Source]:

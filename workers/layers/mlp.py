@@ -1,7 +1,7 @@
 """The gated MLP of a dense layer, split by intermediate columns."""
 
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 from parallel.groups import Group
 from workers.layers.build import Build
@@ -12,7 +12,7 @@ from workers.weights import Source
 def silu_and_multiply(gate_up: Tensor) -> Tensor:
     """silu of the first half of the columns, times the second half."""
     gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate).mul_(up)
+    return functional.silu(gate).mul_(up)
 
 
 class GatedMLP:

@@ -11,8 +11,8 @@ depends on the number of rows and on whether the host may look at the choice.
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 from parallel.collectives import all_reduce
 from workers.errors import BadSplit
@@ -51,7 +51,7 @@ class Routing(NamedTuple):
 
 def route(logits_TE: Tensor, num_chosen: int, *, normalise: bool) -> Routing:
     """The likeliest experts, by a softmax over all of them in float32."""
-    probs_TE = F.softmax(logits_TE, dim=-1, dtype=torch.float32)
+    probs_TE = functional.softmax(logits_TE, dim=-1, dtype=torch.float32)
     weight_TK, expert_TK = probs_TE.topk(num_chosen, dim=-1)
     if normalise:
         weight_TK /= weight_TK.sum(-1, keepdim=True)
@@ -127,7 +127,7 @@ class Experts:
 
     def _one(self, local: int, x_TD: Tensor) -> Tensor:
         gate_up_ND, down_DI = self._each[local]
-        return F.linear(silu_and_multiply(F.linear(x_TD, gate_up_ND)), down_DI)
+        return functional.linear(silu_and_multiply(functional.linear(x_TD, gate_up_ND)), down_DI)
 
 
 class SparseMLP:
@@ -159,7 +159,7 @@ class SparseMLP:
         self.experts = Experts(self._gate_up_END, self._down_EDI, first, num_real)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        logits_TE = F.linear(x_TD, self._router_ED)
+        logits_TE = functional.linear(x_TD, self._router_ED)
         chosen = self._moe.num_experts_per_token
         routing = route(logits_TE, chosen, normalise=self._norm_topk_prob)
         return all_reduce(self.experts.apply(x_TD, routing), self._group)

@@ -1,8 +1,8 @@
 """Root-mean-square normalisation, alone or after adding to the residual stream."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 from workers.layers.build import Build
 from workers.weights import Source, everything
@@ -11,7 +11,7 @@ from workers.weights import Source, everything
 class UnitRms:
     """Scales the last dimension to mean square one.
 
-    NOTE: F.rms_norm is fused on GPUs only. In float32 on a CPU a vector norm gives the same in half
+    NOTE: functional.rms_norm is fused on GPUs only. In float32 on a CPU a vector norm gives the same in half
     the time: sqrt(mean(x²) + eps) = hypot(|x| / sqrt(D), sqrt(eps)). The two constants are tensors
     because each number handed to an operation costs a conversion.
     """
@@ -26,9 +26,9 @@ class UnitRms:
     def forward(self, x: Tensor, weight: Tensor) -> Tensor:
         """`weight` is one vector, or one for each of the last two dimensions."""
         if self._is_fused and weight.dim() == 1:
-            return F.rms_norm(x, self._shape, weight, self._eps)
+            return functional.rms_norm(x, self._shape, weight, self._eps)
         if self._is_fused:
-            return F.rms_norm(x, self._shape, None, self._eps).mul_(weight)
+            return functional.rms_norm(x, self._shape, None, self._eps).mul_(weight)
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         return (x / length.mul_(self._shrink_1).hypot_(self._root_eps_1)).mul_(weight)
 

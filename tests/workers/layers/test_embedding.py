@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
+from torch.nn import functional
 
 from parallel.layout import Layout
 from parallel.thread_world import run_thread_world
@@ -27,7 +27,7 @@ def test_equals_the_whole_vocabulary(vocab_size, tp_size):
     for rows, logits in run_thread_world(Layout(tp_size=tp_size), body):
         assert torch.equal(rows, weight[ids])
         assert logits.shape == (4, vocab_size)
-        torch.testing.assert_close(logits, F.linear(weight[ids], weight))
+        torch.testing.assert_close(logits, functional.linear(weight[ids], weight))
     assert torch.equal(ids, kept)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
+from torch.nn import functional
 
 from parallel.groups import single_rank_groups
 from parallel.layout import Layout
@@ -52,8 +52,8 @@ def test_column_then_row_equals_the_whole_product(bias, num_rows):
         "b.bias": torch.randn(5, generator=generator),
     }
     x = torch.randn(num_rows, 6, generator=generator)
-    hidden = F.linear(x, full["a.weight"], full["a.bias"] if bias else None)
-    expected = F.linear(hidden, full["b.weight"], full["b.bias"] if bias else None)
+    hidden = functional.linear(x, full["a.weight"], full["a.bias"] if bias else None)
+    expected = functional.linear(hidden, full["b.weight"], full["b.bias"] if bias else None)
 
     def body(rank, groups):
         build = build_on(groups)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
+from torch.nn import functional
 
 from workers.layers.moe import Experts, Routing, route
 
@@ -29,8 +29,10 @@ def plain(x: torch.Tensor, routing: Routing, mine: range) -> torch.Tensor:
     for row, choice in torch.cartesian_prod(*map(torch.arange, routing.expert_TK.shape)).tolist():
         expert = int(routing.expert_TK[row, choice])
         if expert in mine:
-            gate, up = F.linear(x[row], gate_up[expert]).chunk(2)
-            out[row] += routing.weight_TK[row, choice] * F.linear(F.silu(gate) * up, down[expert])
+            gate, up = functional.linear(x[row], gate_up[expert]).chunk(2)
+            out[row] += routing.weight_TK[row, choice] * functional.linear(
+                functional.silu(gate) * up, down[expert]
+            )
     return out
 
 
@@ -45,8 +47,8 @@ def test_the_three_ways_agree_with_the_definition(num_rows, num_chosen, mine):
     padding = 1
     rows = slice(mine.start, mine.stop)
     experts = Experts(
-        F.pad(gate_up[rows], (0, 0, 0, 0, 0, padding)),
-        F.pad(down[rows], (0, 0, 0, 0, 0, padding)),
+        functional.pad(gate_up[rows], (0, 0, 0, 0, 0, padding)),
+        functional.pad(down[rows], (0, 0, 0, 0, 0, padding)),
         mine.start,
         len(mine),
     )

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
+from torch.nn import functional
 
 from parallel.groups import single_rank_groups
 from tests.workers.layers.tiny import build_on
@@ -15,7 +15,7 @@ def test_equals_torchs(shape, dtype):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(shape, generator=generator).to(dtype)
     weight = torch.randn(shape[-1], generator=generator).to(dtype)
-    expected = F.rms_norm(x, (shape[-1],), weight, 1e-6)
+    expected = functional.rms_norm(x, (shape[-1],), weight, 1e-6)
     unit = UnitRms(build_on(single_rank_groups(), dtype), shape[-1])
     torch.testing.assert_close(unit.forward(x, weight), expected)
 
@@ -32,7 +32,9 @@ def test_one_weight_for_each_head():
     x = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
     weight = torch.arange(24.0).view(3, 8)
     unit = UnitRms(build_on(single_rank_groups()), 8)
-    torch.testing.assert_close(unit.forward(x, weight), F.rms_norm(x, (8,), None, 1e-6) * weight)
+    torch.testing.assert_close(
+        unit.forward(x, weight), functional.rms_norm(x, (8,), None, 1e-6) * weight
+    )
 
 
 def test_add_leaves_the_sum_in_the_residual():
