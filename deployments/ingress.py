@@ -446,7 +446,17 @@ def build_api(service: Service, *, names_requests: bool = True) -> ASGIApp:
     return api
 
 
-@serve.deployment(max_ongoing_requests=4096, health_check_period_s=1)
+def _model_name(config: ServiceConfig) -> str:
+    """What clients call the model if nothing else was said: its folder's name."""
+    return Path(config.engine.model).resolve().name if config.engine.model else "bundled"
+
+
+# Serve's access log would be a line a request on the launching terminal; /metrics counts them.
+@serve.deployment(
+    max_ongoing_requests=4096,
+    health_check_period_s=1,
+    logging_config={"enable_access_log": False},
+)
 @serve.ingress()
 class Ingress:
     """The HTTP front as a Serve deployment: stateless, any number of replicas."""
