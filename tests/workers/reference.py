@@ -1,4 +1,4 @@
-"""What the models are compared with: dense attention, and tiny checkpoints that transformers saves."""
+"""What the models are compared with: dense attention, and tiny checkpoints of transformers."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -11,9 +11,9 @@ from workers.weights import Source, everything
 class UnitRms:
     """Scales the last dimension to mean square one.
 
-    NOTE: functional.rms_norm is fused on GPUs only. In float32 on a CPU a vector norm gives the same in half
-    the time: sqrt(mean(x²) + eps) = hypot(|x| / sqrt(D), sqrt(eps)). The two constants are tensors
-    because each number handed to an operation costs a conversion.
+    NOTE: torch's own rms_norm is fused on GPUs only. In float32 on a CPU a vector norm gives the
+    same in half the time: sqrt(mean(x²) + eps) = hypot(|x| / sqrt(D), sqrt(eps)). The two constants
+    are tensors because each number handed to an operation costs a conversion.
     """
 
     def __init__(self, build: Build, size: int) -> None:

@@ -23,7 +23,7 @@ TP4 = Layout(tp_size=4)
 def test_use_dp_attention_reduce_cannot_be_left_out():
     build = build_on(single_rank_groups())
     with pytest.raises(TypeError, match="use_dp_attention_reduce"):
-        RowParallelLinear(build, "x", 8, 8, group=build.groups.tp)  # pyright: ignore
+        RowParallelLinear(build, "x", 8, 8, group=build.groups.tp)  # pyright: ignore[reportCallIssue]
 
 
 def test_use_dp_attention_reduce_chooses_the_group():
