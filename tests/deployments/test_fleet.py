@@ -373,6 +373,14 @@ def test_a_lost_actor_takes_its_rank_along_and_is_replaced(on_ray, launch, gate,
     launch(on_ray, ONE_RANK, epoch=2, gate=gate).handshake()
 
 
+def test_a_start_that_fails_half_way_leaves_nothing(on_ray, context, folder):
+    link = WorkerLink(context, epoch=1, config=ONE_RANK, ipc_folder=folder)
+    with pytest.raises(ClusterError, match=r"^a rank could not be started: .*'tests\.workers\.no"):
+        on_ray.start(link.specs(runner="tests.workers.nothing:Runner"))
+    assert all(table["state"] == "REMOVED" for table in placement_group_table().values())
+    link.close()
+
+
 def test_a_cluster_that_stays_too_small_is_named_and_nothing_is_left(cluster, launch):
     told = []
     fleet = RayFleet(cluster_wait_s=1.2, cpus_per_rank=3, progress=told.append)
