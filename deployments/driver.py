@@ -12,9 +12,9 @@ from ray import serve
 
 from deployments.config import ServiceConfig
 from deployments.engine import Engine, EngineFailed
-from deployments.fleet import RayFleet
 from deployments.messages import EngineInfo
 from deployments.metrics import MetricsServer
+from deployments.ray_fleet import RayFleet
 from workers.protocol import Hello
 
 

@@ -24,6 +24,9 @@ MAY_IMPORT = {
 }
 MUST_NOT_IMPORT = {
     "deployments": {"torch", "triton"},
+    "deployments/fleet.py": {"ray"},
+    "deployments/engine.py": {"ray"},
+    "deployments/llm.py": {"ray"},
     "deployments/scheduler.py": {"ray", "asyncio"},
     "deployments/pages.py": {"ray", "asyncio"},
     "deployments/placement.py": {"ray"},

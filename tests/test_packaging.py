@@ -24,7 +24,7 @@ def test_the_imported_package_is_ours(name):
 def test_the_driver_does_not_import_torch():
     """Its process starts in a second, holds no gigabyte, and can be on a node without GPUs."""
     line = (
-        "import sys, deployments.fleet, deployments.worker_link; "
+        "import sys, deployments.ray_fleet, deployments.worker_link; "
         "print([name for name in ('torch', 'triton', 'transformers') if name in sys.modules])"
     )
     done = subprocess.run(

@@ -15,7 +15,8 @@ import zmq
 from ray.util import placement_group_table
 
 from deployments.errors import ClusterError, ClusterTooSmall
-from deployments.fleet import LocalFleet, RayFleet
+from deployments.fleet import LocalFleet
+from deployments.ray_fleet import RayFleet
 from deployments.sockets import Gate, IpcFolder
 from deployments.worker_link import WorkerLink
 from tests.workers.fakes import FAKE_RUNNER, TinyDriver

@@ -8,7 +8,7 @@ import zmq
 from ray.cluster_utils import Cluster
 
 from deployments.errors import TooFewNodes
-from deployments.fleet import RayFleet
+from deployments.ray_fleet import RayFleet
 from deployments.sockets import Gate, IpcFolder
 from deployments.worker_link import WorkerLink
 from tests.workers.fakes import FAKE_RUNNER, TinyDriver
