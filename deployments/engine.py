@@ -89,6 +89,8 @@ class Counters:
     """Requests that ended here, by finish reason."""
     step_seconds: dict[int, float] = field(default_factory=dict)
     """Time of each rank's last step."""
+    last_failure: str = ""
+    """Why the last epoch was lost; names the rank."""
 
 
 class Engine:
@@ -189,7 +191,7 @@ class Engine:
         return Health(
             ready=self._ready.is_set(),
             epoch=self._epoch,
-            reason="" if self._ready.is_set() else self._reason,
+            reason=self._hopeless or ("" if self._ready.is_set() else self._reason),
             oldest_step_s=gang.oldest_step_age(time.monotonic()) if gang else 0.0,
             hopeless=self._hopeless is not None,
         )
@@ -341,6 +343,7 @@ class Engine:
         self._ready.clear()
         self._reason = str(failure)
         self._tell_all()
+        self.counters.last_failure = str(failure)
         log.error("epoch %d is over: %s", self._epoch, failure)
         self._on_progress(str(failure))
         self._requests.clear()

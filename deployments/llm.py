@@ -8,7 +8,8 @@
 
 Ranks are processes of this machine; several nodes need Ray and `lockstep serve`. `LLM` speaks to
 its engine as an ingress does, over the same socket and messages, so what is measured here is what
-is served.
+is served; and like an ingress it sends its prompts again, with what they have got so far, when the
+engine has lost a rank and is back.
 """
 
 import secrets
@@ -24,7 +25,15 @@ from tqdm import tqdm
 from deployments.config import ServiceConfig
 from deployments.engine import Engine
 from deployments.fleet import LocalFleet
-from deployments.messages import Finish, IngressBeat, Refused, Submit, Tokens, decode_to_ingress
+from deployments.messages import (
+    DriverBeat,
+    Finish,
+    IngressBeat,
+    Refused,
+    Submit,
+    Tokens,
+    decode_to_ingress,
+)
 from deployments.tokenizer import ChatTokenizer, Detokenizer, StopMatcher, TokenBytes
 from workers import bundled
 from workers.protocol import MAX_MESSAGE_BYTES, Sampling, TokenLogprobs, encode, pack
@@ -78,7 +87,7 @@ class Answer:
 
 
 class EngineLost(RuntimeError):
-    """The engine lost a rank while it answered; what it had is gone."""
+    """The engine has given up; the message says why."""
 
 
 class LLM:
@@ -174,7 +183,10 @@ class LLM:
         self._num_requests += len(ids)
         readers = {
             first + number: _Reader(
-                Answer(prompt_ids), one, self._token_bytes() if detokenize else None
+                Answer(prompt_ids),
+                one,
+                self._sampling(one),
+                self.tokenizer.token_bytes if detokenize else None,
             )
             for number, (prompt_ids, one) in enumerate(zip(ids, every, strict=True))
         }
@@ -183,20 +195,21 @@ class LLM:
         self._collect(dict(readers), use_tqdm)
         return [reader.answer for reader in readers.values()]
 
-    def _token_bytes(self) -> TokenBytes:
-        return self.tokenizer.token_bytes
+    def _sampling(self, params: SamplingParams) -> Sampling:
+        """Fixed once a request, so that a request sent again draws the same tokens."""
+        seed = secrets.randbits(63) if params.seed is None else params.seed
+        return params.sampling(self._stop_token_ids, seed)
 
     def _submit(self, request: int, reader: "_Reader") -> None:
-        params, prompt = reader.params, reader.answer.prompt_ids
-        seed = secrets.randbits(63) if params.seed is None else params.seed
-        sampling = params.sampling(self._stop_token_ids, seed)
+        answer, sampling = reader.answer, reader.sampling
+        num_prompt = len(answer.prompt_ids)
         self._send(
             Submit(
                 epoch=self._epoch,
                 request=request,
-                tokens=pack(prompt),
-                num_prompt=len(prompt),
-                max_tokens=min(params.max_tokens, self.max_model_len - len(prompt)),
+                tokens=pack(answer.prompt_ids + answer.ids),
+                num_prompt=num_prompt,
+                max_tokens=min(reader.max_tokens, self.max_model_len - num_prompt),
                 stop_token_ids=sampling.stop_token_ids,
                 sampling=sampling,
             )
@@ -217,12 +230,23 @@ class LLM:
                     bar.update(self._on_tokens(message, readers))
                 elif isinstance(message, Refused) and message.request in readers:
                     raise ValueError(message.message)
-                elif not isinstance(message, Refused):
+                elif isinstance(message, DriverBeat):
                     self._send(IngressBeat())
-                    if message.epoch != self._epoch or not message.ready:
-                        raise EngineLost(f"the engine lost a rank: {self._engine.health().reason}")
+                    self._follow(message, readers)
+
+    def _follow(self, beat: DriverBeat, readers: "dict[int, _Reader]") -> None:
+        """Send everything again when the engine serves under a new epoch."""
+        if beat.ready and beat.epoch != self._epoch:
+            self._epoch = beat.epoch
+            for request, reader in readers.items():
+                self._submit(request, reader)
+        health = self._engine.health()
+        if health.hopeless:
+            raise EngineLost(health.reason)
 
     def _on_tokens(self, message: Tokens, readers: "dict[int, _Reader]") -> int:
+        if message.epoch != self._epoch:
+            return 0
         for request, num_cached in message.num_cached:
             if request in readers:
                 readers[request].answer.num_cached = num_cached
@@ -246,10 +270,15 @@ class _Reader:
     """Turns one answer's ids into text as they come."""
 
     def __init__(
-        self, answer: Answer, params: SamplingParams, token_bytes: TokenBytes | None
+        self,
+        answer: Answer,
+        params: SamplingParams,
+        sampling: Sampling,
+        token_bytes: TokenBytes | None,
     ) -> None:
         self.answer = answer
-        self.params = params
+        self.sampling = sampling
+        self.max_tokens = params.max_tokens
         self._detokenizer = Detokenizer(token_bytes) if token_bytes else None
         self._matcher = StopMatcher(params.stop)
 
