@@ -57,7 +57,9 @@ class Rendezvous:
             )
         if len(self._ranks) == 1:
             return build_groups(self._layout, self._spec.rank, lambda members: None)
-        timeout = timedelta(seconds=self._spec.config.step_timeout_s)
+        # NOTE: longer than the driver's patience with a step: the driver knows who is behind,
+        # the rank that waits does not, so its own timeout is for when there is no driver.
+        timeout = timedelta(seconds=2 * self._spec.config.step_timeout_s + 5)
         store = self._store(start, timeout)
         device = torch.device(self._spec.device)
         if device.type == "cpu":
