@@ -34,6 +34,9 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+rows: setup
+	$(BIN)/python -m tests.rows $(ROWS)
+
 bench: setup
 	$(BIN)/python -m tests.bench.bench_engine
 

@@ -16,6 +16,18 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--row", help="only tests that are marked with this row of the mission")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    row = config.getoption("--row")
+    if row is not None:
+        items[:] = [
+            item for item in items if any(row in mark.args for mark in item.iter_markers("row"))
+        ]
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """`@pytest.mark.gpus(n)` names the hardware a test needs; without it the test is skipped."""
     for mark in item.iter_markers("gpus"):

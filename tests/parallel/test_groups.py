@@ -32,6 +32,7 @@ def test_all_ranks_of_a_domain_ask_for_the_same_communicators_in_the_same_order(
         assert all(asked == first for asked in others)
 
 
+@pytest.mark.row("S1")
 def test_groups_with_the_same_members_share_a_communicator():
     assert asked_for(Layout(tp_size=4), 0) == [(0, 1, 2, 3)]
     asked = asked_for(DP_ATTENTION, 0)

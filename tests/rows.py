@@ -1,0 +1,177 @@
+"""The rows of the mission, and the mutations of the code that must turn their tests red.
+
+A row (S1, ..., C6) is a behaviour. A test shows it by `@pytest.mark.row("S1")` on the function (or
+in a module's `pytestmark`), and a `Mutation` here breaks it: `path` in a copy of the tree has `old`
+replaced by `new`, and of the tests marked with the row at least one must fail then. A test that
+stays green whatever the code does shows nothing; this is how it is found out.
+
+    make rows                            every row
+    python -m tests.rows S1 S4           some
+    python -m tests.rows --list          the table alone
+
+To add a row: mark its tests, and append to `MUTATIONS` a `Mutation(row, name, path, old, new)`
+with `old` a text that is in `path` exactly once (take whole lines) and `name` what is then broken.
+One row may have several. A mutation must leave the code importable: a test that fails to start
+proves nothing and is reported as such. Tests of a row need not be quick, but they must be green
+without the mutation, which is tried first; a row whose tests need GPUs is skipped without them.
+"""
+
+import argparse
+import ast
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+NOT_COPIED = (".git", ".venv", "__pycache__", ".*_cache", ".hypothesis", "*.egg-info", "build")
+TIME_LIMIT_S = 600.0
+GREEN, RED, NOTHING_RAN = 0, 1, 5
+"""Exit codes of pytest."""
+
+
+class Mutation(NamedTuple):
+    row: str
+    name: str
+    """What is broken, in a few words."""
+    path: str
+    old: str
+    new: str
+
+
+MUTATIONS: tuple[Mutation, ...] = (
+    Mutation(
+        "S1",
+        "a communicator for every group, not for every list of members",
+        "parallel/groups.py",
+        "            if members not in transports:\n",
+        "            if True:\n",
+    ),
+)
+
+
+class Verdict(NamedTuple):
+    row: str
+    what: str
+    word: str
+    is_good: bool
+    seconds: float
+
+
+def files_of(row: str, tests: Path = ROOT / "tests") -> list[Path]:
+    """The test files in which `row` is marked."""
+    return [path for path in sorted(tests.rglob("test_*.py")) if row in rows_in(path.read_text())]
+
+
+def rows_in(source: str) -> set[str]:
+    """The rows that a test file names in calls of `pytest.mark.row`."""
+    calls = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call))
+    return {
+        str(argument.value)
+        for call in calls
+        if ast.unparse(call.func) == "pytest.mark.row"
+        for argument in call.args
+        if isinstance(argument, ast.Constant)
+    }
+
+
+def copy_tree(folder: Path) -> Path:
+    """A copy of the tree as it lies here, committed or not."""
+    return Path(shutil.copytree(ROOT, folder / "tree", ignore=shutil.ignore_patterns(*NOT_COPIED)))
+
+
+def mutate(tree: Path, mutation: Mutation) -> str:
+    """Apply the mutation; the file's text before."""
+    path = tree / mutation.path
+    before = path.read_text()
+    if before.count(mutation.old) != 1:
+        raise ValueError(
+            f"{mutation.row}: {mutation.path} has the text {mutation.old!r} "
+            f"{before.count(mutation.old)} times and must have it once"
+        )
+    path.write_text(before.replace(mutation.old, mutation.new))
+    return before
+
+
+def run_row(tree: Path, row: str) -> int | None:
+    """pytest's exit code for the tests of one row in `tree`; None if they are not done in time."""
+    files = [str(path.relative_to(tree)) for path in files_of(row, tree / "tests")]
+    if not files:
+        return NOTHING_RAN
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+    try:
+        done = subprocess.run(
+            [*command, "--row", row, *files],
+            cwd=tree,
+            capture_output=True,
+            text=True,
+            timeout=TIME_LIMIT_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return None
+    if done.returncode not in (GREEN, RED):
+        print(done.stdout[-3000:], done.stderr[-1000:], file=sys.stderr)
+    all_skipped = done.returncode == GREEN and " passed" not in done.stdout
+    return NOTHING_RAN if all_skipped else done.returncode
+
+
+def judge(tree: Path, rows: Sequence[str]) -> Iterator[Verdict]:
+    """Each row's tests as the tree is, then under each of the row's mutations."""
+    for row in rows:
+        start = time.monotonic()
+        code = run_row(tree, row)
+        word = {GREEN: "green", RED: "RED WITHOUT A MUTATION", NOTHING_RAN: "nothing ran here"}
+        said = word.get(code, "DID NOT RUN") if code is not None else "NOT DONE IN TIME"
+        is_good = code in (GREEN, NOTHING_RAN)
+        yield Verdict(row, "the tree as it is", said, is_good, time.monotonic() - start)
+        if code != GREEN:
+            continue
+        for mutation in MUTATIONS:
+            if mutation.row == row:
+                yield judge_mutation(tree, mutation)
+
+
+def judge_mutation(tree: Path, mutation: Mutation) -> Verdict:
+    start = time.monotonic()
+    before = mutate(tree, mutation)
+    try:
+        code = run_row(tree, mutation.row)
+    finally:
+        (tree / mutation.path).write_text(before)
+    said = {GREEN: "STAYED GREEN", RED: "red", None: "NOT DONE IN TIME"}.get(code, "DID NOT RUN")
+    return Verdict(mutation.row, mutation.name, said, code == RED, time.monotonic() - start)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.rows", description=__doc__)
+    parser.add_argument("row", nargs="*", help="rows to try; none tries all")
+    parser.add_argument("--list", action="store_true", help="print the table and stop")
+    args = parser.parse_args(argv)
+    known = list(dict.fromkeys(mutation.row for mutation in MUTATIONS))
+    unknown = [row for row in args.row if row not in known]
+    if unknown:
+        parser.error(f"no mutation of row {unknown[0]}; there are {', '.join(known)}")
+    if args.list:
+        for mutation in MUTATIONS:
+            print(f"{mutation.row:4} {mutation.path:32} {mutation.name}")
+        return 0
+    num_bad = 0
+    with tempfile.TemporaryDirectory(prefix="lockstep-rows-") as folder:
+        tree = copy_tree(Path(folder))
+        for verdict in judge(tree, args.row or known):
+            num_bad += not verdict.is_good
+            print(
+                f"{verdict.row:4} {verdict.word:22} {verdict.seconds:6.1f} s  {verdict.what}",
+                flush=True,
+            )
+    print(f"{num_bad} not as they must be" if num_bad else "every mutation was noticed")
+    return 1 if num_bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
