@@ -95,6 +95,7 @@ class Scheduler:
         self._free_slots = list(range(max_num_seqs))
         self._leaves: list[int] = []
         self._plans: dict[int, Plan] = {}
+        self._last_applied = -1
         self.num_preemptions = 0
 
     # What comes in
@@ -118,6 +119,7 @@ class Scheduler:
         if request.finish is not None:
             return
         self._finish(request, finish)
+        self._release(self._last_applied)  # no step may come whose results would do it
 
     @property
     def num_running(self) -> int:
@@ -212,6 +214,7 @@ class Scheduler:
         None where the row's request has ended since: its token is dropped.
         """
         plan = self._plans.pop(step)
+        self._last_applied = step
         for chunk in plan.chunks:
             chunk.request.num_computed += chunk.num_tokens
             self._publish(chunk.request, chunk.start)
