@@ -25,6 +25,7 @@ import msgspec
 import zmq
 from msgspec import Struct
 
+from deployments.counting import Outcome, RequestCounts
 from deployments.errors import EngineUnavailable, Overloaded, RequestError, ServiceError
 from deployments.messages import (
     FINISH_LENGTH,
@@ -34,7 +35,6 @@ from deployments.messages import (
     EngineInfo,
     Finish,
     FromIngress,
-    IngressBeat,
     Refused,
     Submit,
     Tokens,
@@ -42,13 +42,16 @@ from deployments.messages import (
 )
 from workers.protocol import MAX_MESSAGE_BYTES, Sampling, TokenLogprobs, encode, pack
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("lockstep.driver_client")
 
 MISSED_BEATS = 8
 """So many beats without one from the driver, and it is looked for again."""
 
 HIGH_WATER_MARK = 16384
 """Messages ZMQ may hold in either direction."""
+
+LAST_WORD_MS = 100
+"""How long closing may take to tell the driver how all requests ended."""
 
 LOCATE_TIMEOUT_S = 10.0
 LOCATE_PAUSE_S = 0.25
@@ -82,17 +85,33 @@ class Event(Struct, frozen=True, gc=False):
 class _Generation:
     """What is kept of a generation until it ends. `tokens` is only ever appended to."""
 
-    __slots__ = ("choice", "group", "request", "spec", "submitted", "tokens", "waiting_since")
+    __slots__ = (
+        *("began", "choice", "group", "last_token_at", "num_submits", "request", "spec"),
+        *("submitted", "tokens", "waiting_since"),
+    )
 
-    def __init__(self, group: "Generations", choice: int, request: int, spec: GenerateSpec) -> None:
+    def __init__(
+        self,
+        group: "Generations",
+        choice: int,
+        request: int,
+        spec: GenerateSpec,
+        *,
+        began: float,
+        now: float,
+    ) -> None:
         self.group = group
         self.choice = choice
         self.request = request
         self.spec = spec
+        self.began = began
+        """When the client asked."""
+        self.last_token_at = began
+        self.num_submits = 0
         self.tokens: list[int] = []
         self.submitted = False
         """The live driver has it, in its live epoch."""
-        self.waiting_since: float | None = None
+        self.waiting_since: float | None = now
         """Since when no engine works on it."""
 
 
@@ -124,6 +143,8 @@ class Generations:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if isinstance(error, Exception) and not isinstance(error, OSError):
+            self._drop_all(Outcome.FAILED)  # we could not answer, though the engine went on
         self.cancel()
 
     def __aiter__(self) -> Self:
@@ -147,20 +168,21 @@ class Generations:
         """Output tokens of `choice` from `index` on are not wanted. Again does nothing."""
         generation = self.live.pop(choice, None)
         if generation is not None:
-            self._client.drop(generation, Finish(generation.request, index))
+            self._client.drop(generation, Finish(generation.request, index), Outcome.FINISHED)
 
     def cancel(self) -> None:
         """Nothing more is wanted. Idempotent, and safe from any callback of the loop."""
         if self.live:
             self.cancelled = True
-        self._drop_all()
+        self._drop_all(Outcome.CANCELLED)
         self.wake()
 
     def fail(self, error: ServiceError) -> None:
         """End with `error` once the events before it have been read."""
         if self._error is None and not self.cancelled:
             self._error = error
-        self._drop_all()
+        is_refusal = isinstance(error, RequestError | Overloaded)
+        self._drop_all(Outcome.REJECTED if is_refusal else Outcome.FAILED)
         self.wake()
 
     def push(self, event: Event) -> None:
@@ -171,9 +193,9 @@ class Generations:
         if self._wakeup is not None and not self._wakeup.done():
             self._wakeup.set_result(None)
 
-    def _drop_all(self) -> None:
+    def _drop_all(self, outcome: Outcome) -> None:
         for generation in self.live.values():
-            self._client.drop(generation, Cancel(generation.request))
+            self._client.drop(generation, Cancel(generation.request), outcome)
         self.live.clear()
 
 
@@ -189,7 +211,7 @@ class DriverClient:
         resume_wait_s: float = 60.0,
     ) -> None:
         self._locate = locate
-        self._name = name
+        self._name = f"{name[:200]}-{secrets.token_hex(6)}"
         self._node_id = node_id
         self._resume_wait_s = resume_wait_s
         self._context = zmq.Context()
@@ -207,9 +229,8 @@ class DriverClient:
         self._closed = False
         self.info: EngineInfo | None = None
         """What the driver serves; `None` until it has been found once."""
-        self.num_received = 0
-        self.num_rejected = 0
-        """Generations asked for and refused at this ingress; its beats carry both."""
+        self.counts = RequestCounts()
+        """What became of the generations asked for here; the beats carry it."""
         self.num_dropped = 0
         """Messages and tokens that were not this epoch's, not next or not readable."""
 
@@ -229,6 +250,9 @@ class DriverClient:
         if self._search is not None:
             self._search.cancel()
             await asyncio.gather(self._search, return_exceptions=True)
+        if self._socket is not None:
+            self._send_beat()  # the last word: nothing is in flight
+            self._socket.setsockopt(zmq.LINGER, LAST_WORD_MS)
         self._disconnect()
         self._context.term()
 
@@ -241,27 +265,38 @@ class DriverClient:
     def num_live(self) -> int:
         return len(self._generations)
 
-    def generate(self, specs: Sequence[GenerateSpec]) -> Generations:
+    def generate(self, specs: Sequence[GenerateSpec], *, began: float | None = None) -> Generations:
         """Start one generation for each spec; call it inside the event loop.
 
-        While the engine restarts they wait; before it was ever ready they are refused.
+        While the engine restarts they wait; before it was ever ready they are refused. `began` is
+        when the client asked (the loop's time), if that was earlier.
         """
         if self._closed or not self._was_ready:
             raise EngineUnavailable
         group = Generations(self, len(specs))
+        now = self._now()
+        began = now if began is None else began
+        self.counts.received += len(specs)
         for choice, spec in enumerate(specs):
-            generation = _Generation(group, choice, self._new_request(), spec)
-            generation.waiting_since = self._now()
+            request = self._new_request()
+            generation = _Generation(group, choice, request, spec, began=began, now=now)
             group.live[choice] = generation
             self._generations[generation.request] = generation
             self._submit_if_ready(generation)
         return group
 
-    def drop(self, generation: _Generation, farewell: Cancel | Finish) -> None:
+    def drop(self, generation: _Generation, farewell: Cancel | Finish, outcome: Outcome) -> None:
         """Forget a generation; the driver is told if it has it. For `Generations`."""
         known = self._generations.pop(generation.request, None)
-        if known is not None and generation.submitted:
-            self._send(farewell)
+        if known is not None:
+            self._count(generation, outcome)
+            if generation.submitted:
+                self._send(farewell)
+
+    def _count(self, generation: _Generation, outcome: Outcome) -> None:
+        self.counts.end(outcome)
+        if outcome is Outcome.FINISHED:
+            self.counts.e2e.observe(self._now() - generation.began)
 
     def _now(self) -> float:
         return asyncio.get_running_loop().time()
@@ -295,7 +330,7 @@ class DriverClient:
         self._disconnect()
         self.info = info
         socket = self._context.socket(zmq.DEALER)
-        identity = f"{self._name[:200]}-{secrets.token_hex(6)}"
+        identity = f"{self._name}-{secrets.token_hex(6)}"
         socket.setsockopt(zmq.IDENTITY, identity.encode())
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.SNDHWM, HIGH_WATER_MARK)
@@ -341,7 +376,7 @@ class DriverClient:
 
     def _send_beat(self) -> None:
         if not self._outbox:
-            self._send(IngressBeat(self.num_received, self.num_rejected))
+            self._send(self.counts.beat(self._name, in_flight=len(self._generations)))
 
     def _end_overdue(self) -> None:
         limit = self._now() - self._resume_wait_s
@@ -355,6 +390,8 @@ class DriverClient:
         if not self._engine_ready or self._epoch is None or generation.submitted:
             return
         spec = generation.spec
+        generation.num_submits += 1
+        self.counts.resumed += generation.num_submits == 2
         generation.submitted = True
         generation.waiting_since = None
         self._send(
@@ -475,6 +512,8 @@ class DriverClient:
         logprobs = {(request, index): found for request, index, found in message.logprobs}
         reasons = dict(message.finished)
         last = dict(zip(message.requests, message.indexes, strict=True)) if reasons else {}
+        now = self._now()
+        ttft, itl = self.counts.ttft, self.counts.itl
         for request, index, token in zip(
             message.requests, message.indexes, message.tokens, strict=True
         ):
@@ -487,9 +526,11 @@ class DriverClient:
                     self._send_again(generation)
                 continue
             reason = reasons.get(request) if last.get(request) == index else None
+            (itl if generation.tokens else ttft).observe(now - generation.last_token_at)
+            generation.last_token_at = now
             generation.tokens.append(token)
             if reason in (FINISH_STOP, FINISH_LENGTH):
-                self._forget(generation)
+                self._forget(generation, Outcome.FINISHED)
             else:
                 reason = None
             found = logprobs.get((request, index))
@@ -516,11 +557,12 @@ class DriverClient:
         if reason in (FINISH_STOP, FINISH_LENGTH):
             self._send_again(generation)
             return
-        self._forget(generation)
+        self._forget(generation, Outcome.FAILED)
         generation.group.fail(ServiceError(f"the driver ended the request: {reason}"))
 
-    def _forget(self, generation: _Generation) -> None:
-        self._generations.pop(generation.request, None)
+    def _forget(self, generation: _Generation, outcome: Outcome) -> None:
+        if self._generations.pop(generation.request, None) is not None:
+            self._count(generation, outcome)
         generation.group.live.pop(generation.choice, None)
 
 

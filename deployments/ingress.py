@@ -27,6 +27,7 @@ from ray.serve.handle import DeploymentHandle
 
 import workers.bundled
 from deployments.config import ServiceConfig
+from deployments.counting import Outcome
 from deployments.driver_client import DriverClient, Generations
 from deployments.errors import (
     EngineUnavailable,
@@ -306,6 +307,7 @@ async def _generate(
 ) -> None:
     """Plan, run and answer one request; what ends early is counted as refused."""
     client = service.client
+    began = asyncio.get_running_loop().time()
     num_refused = 1
     try:
         data = await exchange.body()
@@ -315,12 +317,10 @@ async def _generate(
         else:
             plan = planner(service, limits, data, tenant)
         num_refused = len(plan.specs)
-        generations = client.generate(plan.specs)
-    except (ServiceError, ClientGone):
-        client.num_received += num_refused
-        client.num_rejected += num_refused
+        generations = client.generate(plan.specs, began=began)
+    except Exception as error:
+        client.counts.turn_away(_outcome(error), num_refused)
         raise
-    client.num_received += len(plan.specs)
     answer = Answer(
         plan,
         service.tokenizer,
@@ -336,6 +336,14 @@ async def _generate(
             await reply(exchange, plan, answer, generations)
     finally:
         watch.cancel()
+
+
+def _outcome(error: Exception) -> Outcome:
+    """How a request is counted that ended before its first generation began."""
+    if isinstance(error, ClientGone):
+        return Outcome.CANCELLED
+    is_refusal = isinstance(error, ServiceError) and error.status != 500
+    return Outcome.REJECTED if is_refusal else Outcome.FAILED
 
 
 async def _whole(exchange: Exchange, plan: Plan, answer: Answer, generations: Generations) -> None:

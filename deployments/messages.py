@@ -48,12 +48,37 @@ class Finish(Message, frozen=True, tag="finish"):
     index: Natural
 
 
-class IngressBeat(Message, frozen=True, tag="beat"):
-    """Every `beat_ms`; carries the ingress's own counters for the driver's /metrics."""
+class Distribution(Message, frozen=True):
+    """How often values fell into the buckets of `deployments.counting`, and their sum."""
 
+    counts: tuple[Natural, ...] = ()
+    total: Annotated[float, Meta(ge=0.0)] = 0.0
+
+
+class IngressBeat(Message, frozen=True, tag="beat"):
+    """Every `beat_ms`; carries what the ingress has counted since it started, for /metrics.
+
+    Generations are counted, not HTTP requests. In every beat `received` is the sum of the four
+    outcomes and `in_flight`.
+    """
+
+    ingress: str = ""
+    """Stays the same when the ingress comes back on another socket."""
     received: Natural = 0
     rejected: Natural = 0
-    """Requests the ingress refused by itself (HTTP 4xx)."""
+    finished: Natural = 0
+    failed: Natural = 0
+    cancelled: Natural = 0
+    in_flight: Natural = 0
+    resumed: Natural = 0
+    ttft: Distribution = Distribution()
+    itl: Distribution = Distribution()
+    e2e: Distribution = Distribution()
+
+    @property
+    def is_balanced(self) -> bool:
+        ended = self.rejected + self.finished + self.failed + self.cancelled
+        return self.received == ended + self.in_flight
 
 
 class Tokens(Message, frozen=True, tag="tokens"):

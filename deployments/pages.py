@@ -48,16 +48,13 @@ class PagePool:
         self._names: list[bytes | None] = [None] * num_pages
         self._by_name: dict[bytes, int] = {}
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_pages))
+        self.num_cached = 0
+        """Free pages that still can be found by name."""
 
     @property
     def num_free(self) -> int:
         """Pages without a holder, cached ones included."""
         return len(self._free)
-
-    @property
-    def num_cached(self) -> int:
-        """Free pages that still can be found by name."""
-        return sum(self._names[page] is not None for page in self._free)
 
     def refs(self, page: int) -> int:
         return self._refs[page]
@@ -84,6 +81,7 @@ class PagePool:
         for page in pages:
             if self._refs[page] == 0:
                 del self._free[page]
+                self.num_cached -= self._names[page] is not None
             self._refs[page] += 1
 
     def allocate(self, num_pages: int) -> list[int]:
@@ -97,6 +95,7 @@ class PagePool:
             if name is not None:
                 del self._by_name[name]
                 self._names[page] = None
+                self.num_cached -= 1
             self._refs[page] = 1
             pages.append(page)
         return pages
@@ -111,6 +110,8 @@ class PagePool:
                 self._free[page] = None
                 if self._names[page] is None:
                     self._free.move_to_end(page, last=False)
+                else:
+                    self.num_cached += 1
 
     def publish(self, page: int, name: bytes) -> None:
         """`page` is full and computed: let others find it. The first page of a name stays its."""
@@ -124,3 +125,4 @@ class PagePool:
         """Drop every name; the pages' contents are void."""
         self._by_name.clear()
         self._names = [None] * self.num_pages
+        self.num_cached = 0

@@ -450,8 +450,9 @@ def test_cached_tokens_and_prompt_logprobs_are_kept(folder):
 def test_beats_carry_the_counters(driver):
     async def main():
         async with connected(driver) as client:
-            client.num_received, client.num_rejected = 5, 2
-            await until(lambda: IngressBeat(5, 2) in driver.received)
+            client.counts.received, client.counts.rejected = 5, 2
+            await until(lambda: any(b.received == 5 for b in driver.of(IngressBeat)))
+        assert driver.of(IngressBeat)[-1].rejected == 2
 
     asyncio.run(main())
 

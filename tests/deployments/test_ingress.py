@@ -358,13 +358,22 @@ def test_our_own_fault_says_nothing(front, path, monkeypatch, caplog):
     assert "a request failed" in caplog.text
 
 
-def test_the_counters_of_refused_requests(front):
-    before = front.client.num_received, front.client.num_rejected
+def test_refused_requests_are_counted_by_generation(front):
+    counts = front.client.counts
+    before = counts.received, counts.rejected, counts.finished
     front.post(ENDPOINTS[0], n=2, max_tokens=1)
     front.post(ENDPOINTS[0], n=20)
-    received, rejected = front.client.num_received, front.client.num_rejected
-    assert (received - before[0], rejected - before[1]) == (3, 1)
-    wait_for(lambda: IngressBeat(received, rejected) in front.driver.received)
+    after = counts.received, counts.rejected, counts.finished
+    assert [b - a for a, b in zip(before, after, strict=True)] == [3, 1, 2]
+
+    def is_told():
+        return any(
+            beat.received == counts.received and beat.rejected == counts.rejected
+            for beat in front.driver.of(IngressBeat)
+        )
+
+    wait_for(is_told)
+    assert all(beat.is_balanced for beat in front.driver.of(IngressBeat))
 
 
 # Clients that leave.

@@ -139,6 +139,8 @@ class World:
                 holders[page] += 1
         assert holders == [pool.refs(page) for page in range(pool.num_pages)]
         assert pool.num_free == holders.count(0)
+        free = [page for page, num in enumerate(holders) if num == 0]
+        assert pool.num_cached == sum(pool._names[page] is not None for page in free)
 
     def run(self, limit=5000):
         for _ in range(limit):
