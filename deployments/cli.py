@@ -54,7 +54,9 @@ def _parser() -> argparse.ArgumentParser:
         prog="lockstep", description="Serve large language models from many GPUs on Ray."
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    serve = commands.add_parser("serve", allow_abbrev=False, help="serve a model over HTTP (OpenAI's API)")
+    serve = commands.add_parser(
+        "serve", allow_abbrev=False, help="serve a model over HTTP (OpenAI's API)"
+    )
     _add_settings(serve, EngineConfig)
     _add_settings(serve, ServiceSettings)
     chat = commands.add_parser("chat", help="talk to a running service")

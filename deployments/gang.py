@@ -10,6 +10,7 @@ Time comes in as `now` (seconds, monotonic), messages go out through `send`: tes
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import StrEnum
 
 from deployments.domain import Desync, Domain, StepDone
 from deployments.scheduler import Scheduler
@@ -40,12 +41,30 @@ Send = Callable[..., None]
 """`send(rank, *frames)`."""
 
 
+class Cause(StrEnum):
+    """What ends epochs, in a few words that metrics can be labelled with."""
+
+    DIED = "died"
+    FAILED = "failed"
+    """The rank said that it cannot go on, or was not fit to begin."""
+    SILENT = "silent"
+    HUNG = "hung"
+    DESYNC = "desync"
+    START = "start"
+    """Not all ranks came up in time, or at all."""
+    LINK = "link"
+    """A rank does not read what it is sent."""
+
+
 class GangFailed(Exception):
     """The epoch is over because of `rank` (or None); the message is for the operator."""
 
-    def __init__(self, sentence: str, rank: int | None = None) -> None:
+    def __init__(
+        self, sentence: str, rank: int | None = None, *, cause: Cause = Cause.FAILED
+    ) -> None:
         super().__init__(sentence)
         self.rank = rank
+        self.cause = cause
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +105,7 @@ class Gang:
         self._last_heard: dict[int, float] = {}
         self._last_step: dict[int, int] = {}
         self._sent_at: dict[tuple[int, int], float] = {}
+        self._stages: list[str] = []
         self._shown = ""
 
     @property
@@ -119,7 +139,7 @@ class Gang:
         for domain in self.domains if self.serving else ():
             while domain.can_step:
                 step = domain.next_step()
-                self._sent_at[domain.index, step.number] = now
+                self._sent_at[domain.index, step.number] = step.sent_at = now
                 self.num_steps += 1
                 for body, ranks in zip(step.bodies, domain.replica_ranks, strict=True):
                     for rank in ranks:
@@ -136,10 +156,11 @@ class Gang:
                 f"ranks {silent} have not been heard for {silence:.1f} s "
                 f"(heartbeats are {self.config.beat_ms} ms apart)",
                 silent[0],
+                cause=Cause.SILENT,
             )
         if not self.serving:
             if now - self._started_at > self.config.start_timeout_s:
-                raise GangFailed(self._late_start())
+                raise GangFailed(self._late_start(), cause=Cause.START)
             return
         for domain in self.domains:
             if domain.under_way:
@@ -167,7 +188,7 @@ class Gang:
         try:
             done = domain.on_ack(ack)
         except Desync as error:
-            raise GangFailed(str(error), error.rank) from error
+            raise GangFailed(str(error), error.rank, cause=Cause.DESYNC) from error
         for step in done:
             del self._sent_at[domain.index, step.number]
         return done
@@ -244,11 +265,15 @@ class Gang:
         self.serving = True
 
     def _show_progress(self) -> None:
-        """One line for all ranks: the stage of the slowest."""
-        slowest = min(self._progress.values(), key=lambda p: p.done / max(1, p.total))
-        percent = 100 * slowest.done // max(1, slowest.total)
-        line = f"{slowest.stage} {percent}%"
-        if line != self._shown and (percent % 10 == 0 or slowest.stage not in self._shown):
+        """One line for all ranks: where the slowest is."""
+        stages = list(dict.fromkeys([*self._stages, *(p.stage for p in self._progress.values())]))
+        self._stages = stages
+        stage, percent = min(
+            (stages.index(p.stage), 100 * p.done // max(1, p.total) // 25 * 25)
+            for p in self._progress.values()
+        )
+        line = f"{stages[stage]} {percent}%"
+        if line != self._shown:
             self._shown = line
             self._on_progress(line)
 
@@ -270,4 +295,5 @@ class Gang:
         return GangFailed(
             f"ranks {culprits} {doing} step {step} within {self.config.step_timeout_s:g} s",
             culprits[0],
+            cause=Cause.HUNG,
         )

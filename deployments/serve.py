@@ -6,13 +6,19 @@ throughput), token authentication, no usage statistics.
 """
 
 import contextlib
+import io
 import logging
 import re
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, TextIO
+
+import msgspec
 
 from deployments.config import ServiceConfig
 from workers.config import ray_address, set_ray_environment
@@ -21,7 +27,7 @@ APP_NAME = "lockstep"
 
 
 def serve_forever(config: ServiceConfig) -> int:
-    """Serve until SIGINT or SIGTERM; 1 if the service cannot start."""
+    """Serve until SIGINT or SIGTERM; 2 if the settings are wrong, 1 if it cannot start."""
     settings = config.service
     taken = _taken(settings.host, settings.port)
     if taken:
@@ -31,13 +37,16 @@ def serve_forever(config: ServiceConfig) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     began = time.monotonic()
-    print("lockstep: starting Ray", flush=True)
+    model = config.engine.model or "the bundled model"
+    print(f"lockstep: starting Ray and checking {model}", flush=True)
+    checking = _start_preflight(config)
     set_ray_environment()
-    with _cluster(config):
-        error = _deploy(config)
+    with _only_our_lines(), _cluster(config):
+        wrong = _finish(checking)
+        error = wrong or _deploy(config)
         if error:
             print(f"lockstep: {error}", flush=True)
-            return 1
+            return 2 if wrong else 1
         url = f"http://{settings.host}:{settings.port}"
         print(
             f"lockstep: ready after {time.monotonic() - began:.0f} s on {url}\n"
@@ -47,6 +56,52 @@ def serve_forever(config: ServiceConfig) -> int:
         stop.wait()
         print("lockstep: stopping; requests that are running may finish", flush=True)
     return 0
+
+
+class _OurLines(io.TextIOBase):
+    """A stdout that shows lines of ours alone, without the process names Ray puts before them.
+
+    Ray prints what its processes say into the terminal that started it; all of it is in Ray's log
+    folder too.
+    """
+
+    def __init__(self, terminal: TextIO) -> None:
+        self._terminal = terminal
+        self._line = ""
+
+    def write(self, text: str) -> int:
+        *lines, self._line = (self._line + text).split("\n")
+        for line in lines:
+            _, ours, said = line.partition("lockstep: ")
+            if ours:
+                self._terminal.write(f"lockstep: {said}\n")
+        self._terminal.flush()
+        return len(text)
+
+
+@contextlib.contextmanager
+def _only_our_lines() -> Iterator[None]:
+    ours = _OurLines(sys.stdout)
+    with contextlib.redirect_stdout(ours), contextlib.redirect_stderr(ours):
+        yield
+
+
+def _start_preflight(config: ServiceConfig) -> "subprocess.Popen[bytes]":
+    """Check model and settings in a process of its own, while Ray starts."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "workers.preflight"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    if process.stdin is not None:
+        process.stdin.write(msgspec.json.encode(config.engine))
+        process.stdin.close()
+        process.stdin = None
+    return process
+
+
+def _finish(checking: "subprocess.Popen[bytes]") -> str:
+    """What the check found to be wrong; empty if nothing is."""
+    told, _ = checking.communicate()
+    return told.decode().strip() if checking.returncode == 2 else ""
 
 
 def _taken(host: str, port: int) -> str:
@@ -99,6 +154,7 @@ def _deploy(config: ServiceConfig) -> str:
     from deployments.app import build_app_from
 
     settings = config.service
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
     serve.start(
         http_options=HTTPOptions(host=settings.host, port=settings.port), logging_config=quiet

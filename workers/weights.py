@@ -94,12 +94,18 @@ def everything(into: Tensor, name: str, dummy: Literal["normal", "zeros", "ones"
     return Source(name=name, shape=shape, parts=(part,), dummy=dummy)
 
 
-def load_weights(model: Weighted, folder: Path, progress: Progress) -> None:
-    """Fill `model` from the folder's safetensors files, or raise `BadCheckpoint`."""
+def check_weights(model: Weighted, folder: Path) -> tuple[list[Source], dict[str, Entry]]:
+    """What of the folder `model` reads; `BadCheckpoint` if its headers do not fit the model."""
     entries = read_entries(folder)
     sources = _choose(model.sources(), entries)
     _check_names(model, sources, entries, folder)
     _check_contents(sources, entries)
+    return sources, entries
+
+
+def load_weights(model: Weighted, folder: Path, progress: Progress) -> None:
+    """Fill `model` from the folder's safetensors files, or raise `BadCheckpoint`."""
+    sources, entries = check_weights(model, folder)
     by_file: dict[Path, list[Source]] = {}
     for source in sources:
         by_file.setdefault(entries[source.name].file, []).append(source)
