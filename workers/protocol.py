@@ -3,11 +3,12 @@
 Every message is msgpack of one of the structs below; nothing is pickled. Integer arrays travel as
 little-endian int32 bytes (`pack` and `unpack`), because a list of integers costs ten times as much.
 
-A driver's message to a rank is two or three frames: `STEP`, header, body for a step, and `MESSAGE`
-with one of the structs for the rest; `ECHO` alone answers a beat, so that a rank knows that its
-driver lives. A rank's message is one frame, the struct.
+A driver's message to a rank is two or three frames: `STEP`, header, body for a step; `MASK` with
+a `Mask`; and `MESSAGE` with one of the structs for the rest; `ECHO` alone answers a beat, so that
+a rank knows that its driver lives. A rank's message is one frame, the struct.
 
 Driver to worker:  `Start`, `Serve`, then one `Header` + `Body` a step, at last `Stop`.
+                   A step whose body has `num_masked` > 0 is followed, later, by one `Mask`.
 Worker to driver:  `Hello`, `Progress`, `Ready`, `Started`, then one `Ack` a step; `Beat` every
 250 ms from a thread of its own; `Failed` if it cannot go on.
 
@@ -20,6 +21,11 @@ one replica's changes only. What goes on decoding is not named:
 - rows are the decodes in ascending slot order, then the chunks in the order of the body;
 - every decode and every chunk that reaches the end of its slot's tokens samples one token, in
   row order: these are the step's logit rows and the tokens of its ack.
+
+Some requests may only say what a grammar allows. What it allows at token n depends on token n-1,
+and a step is planned before that is known: so its forward pass runs at once, and its sampling
+waits for the `Mask`, which leaves the driver when the step before has been acknowledged. Ranks of
+replicas whose bodies have `num_masked` = 0 wait for nothing, and get no `Mask`.
 
     >>> unpack(pack([3, 1, 2])).tolist()
     [3, 1, 2]
@@ -34,13 +40,13 @@ import numpy as np
 from msgspec import Meta, Struct
 from numpy.typing import NDArray
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 """Raised whenever a struct changes; a worker of another version is refused at `Hello`."""
 
 MAX_MESSAGE_BYTES = 64 * 2**20
 """Largest frame either side accepts; a prompt of a million tokens is 4 MB."""
 
-STEP, MESSAGE, ECHO = b"s", b"m", b"b"
+STEP, MESSAGE, ECHO, MASK = b"s", b"m", b"b", b"k"
 """First frame of what a driver sends."""
 
 MAX_LOGPROBS = 20
@@ -58,6 +64,15 @@ def pack(values: Iterable[int] | NDArray[np.integer]) -> bytes:
 def unpack(data: bytes) -> NDArray[np.int32]:
     """The integers behind `pack`; a length that is not a multiple of four is a `ValueError`."""
     return np.frombuffer(data, dtype="<i4")
+
+
+def mask_bytes(vocab_size: int) -> int:
+    """Bytes of one row of a `Mask`: a bit for each id, filled up to whole 32-bit words.
+
+    >>> mask_bytes(259)
+    36
+    """
+    return -(-vocab_size // 32) * 4
 
 
 def digest(data: bytes) -> bytes:
@@ -117,6 +132,19 @@ class Body(Message):
     chunk_slots: bytes = b""
     chunk_lengths: bytes = b""
     """Slot `chunk_slots[i]` computes its next `chunk_lengths[i]` tokens."""
+    num_masked: Natural = 0
+    """Logit rows whose ids a `Mask` will limit: the step's sampling waits for it if there are any."""
+
+
+class Mask(Message):
+    """Which ids some logit rows of a step may sample; sent to all ranks of one replica."""
+
+    epoch: Natural
+    step: Natural
+    rows: bytes
+    """Indexes of the logit rows, ascending (int32); as many as the body's `num_masked`."""
+    bits: bytes
+    """A bit for each id, `mask_bytes(vocab_size)` bytes a row: id i is bit i % 8 of byte i // 8."""
 
 
 class Mode:
@@ -242,6 +270,8 @@ class Ack(Message, tag="ack"):
     """(index of the logit row, its log-probabilities) for those that asked."""
     prompt_logprobs: tuple[tuple[int, int, tuple[TokenLogprobs, ...]], ...] = ()
     """(slot, position of the first, log-probabilities of the prompt tokens this step read)."""
+    poisoned: tuple[int, ...] = ()
+    """Logit rows whose logits are not numbers: their tokens mean nothing. From the first rank."""
 
 
 class Beat(Message, tag="beat"):
@@ -267,4 +297,5 @@ encode = msgspec.msgpack.Encoder().encode
 decode_to_worker = msgspec.msgpack.Decoder(ToWorker).decode
 decode_from_worker = msgspec.msgpack.Decoder(FromWorker).decode
 decode_header = msgspec.msgpack.Decoder(Header).decode
+decode_mask = msgspec.msgpack.Decoder(Mask).decode
 decode_body = msgspec.msgpack.Decoder(Body).decode
