@@ -34,6 +34,9 @@ class Step:
     bodies: list[bytes]
     plans: list[Plan]
     header_digest: bytes
+    told: Header
+    """What `header` says."""
+    sent_at: float = 0.0
     acks: dict[int, Ack] = field(default_factory=dict)
 
 
@@ -46,6 +49,11 @@ class StepDone:
     accepted: list[list[Accepted | None]]
     """For each replica, one entry a logit row."""
     acks: dict[int, Ack]
+    domain: int
+    header: Header
+    num_bytes: int
+    """Of its header and bodies."""
+    sent_at: float
 
 
 class Domain:
@@ -73,23 +81,22 @@ class Domain:
         plans = [scheduler.plan_step(number) for scheduler in self.schedulers]
         bodies = [encode(plan.body) for plan in plans]
         num_rows = tuple(plan.num_rows for plan in plans)
-        header = encode(
-            Header(
-                epoch=self.epoch,
-                step=number,
-                mode=_mode(plans),
-                num_rows=num_rows,
-                num_logit_rows=tuple(len(plan.sampled) for plan in plans),
-                padding=Padding.NONE,
-                padded_rows=num_rows,
-                bucket=0,
-                bodies=tuple(digest(body) for body in bodies),
-                previous=self._previous,
-            )
+        told = Header(
+            epoch=self.epoch,
+            step=number,
+            mode=_mode(plans),
+            num_rows=num_rows,
+            num_logit_rows=tuple(len(plan.sampled) for plan in plans),
+            padding=Padding.NONE,
+            padded_rows=num_rows,
+            bucket=0,
+            bodies=tuple(digest(body) for body in bodies),
+            previous=self._previous,
         )
+        header = encode(told)
         self._previous = digest(header)
         self.num_steps += 1
-        step = Step(number, header, bodies, plans, self._previous)
+        step = Step(number, header, bodies, plans, self._previous, told)
         self.under_way.append(step)
         return step
 
@@ -133,7 +140,17 @@ class Domain:
                     f"plan has {len(plan.sampled)}",
                 )
             accepted.append(scheduler.apply(step.number, tokens))
-        return StepDone(step.number, step.plans, accepted, step.acks)
+        num_bytes = len(step.header) + sum(map(len, step.bodies))
+        return StepDone(
+            number=step.number,
+            plans=step.plans,
+            accepted=accepted,
+            acks=step.acks,
+            domain=self.index,
+            header=step.told,
+            num_bytes=num_bytes,
+            sent_at=step.sent_at,
+        )
 
 
 def _mode(plans: Sequence[Plan]) -> int:

@@ -17,14 +17,15 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 
 import zmq
 from msgspec import Struct
 
+from deployments.counters import Counters
+from deployments.counting import Accounts
 from deployments.domain import StepDone
 from deployments.fleet import Fleet
-from deployments.gang import MISSED_BEATS, Gang, GangFailed
+from deployments.gang import MISSED_BEATS, Cause, Gang, GangFailed
 from deployments.ingress_link import Ingress, IngressLink
 from deployments.messages import (
     Cancel,
@@ -32,8 +33,10 @@ from deployments.messages import (
     EngineInfo,
     Finish,
     FromIngress,
+    IngressBeat,
     Refused,
     Submit,
+    ToIngress,
     Tokens,
 )
 from deployments.pages import page_names
@@ -74,25 +77,6 @@ class Health(Struct, frozen=True):
     """It has given up."""
 
 
-@dataclass(slots=True)
-class Counters:
-    """What the engine has done since it started, over all epochs."""
-
-    num_steps: int = 0
-    num_prompt_tokens: int = 0
-    num_cached_tokens: int = 0
-    num_output_tokens: int = 0
-    num_preemptions: int = 0
-    num_recoveries: int = 0
-    last_recovery_s: float = 0.0
-    outcomes: dict[str, int] = field(default_factory=dict)
-    """Requests that ended here, by finish reason."""
-    step_seconds: dict[int, float] = field(default_factory=dict)
-    """Time of each rank's last step."""
-    last_failure: str = ""
-    """Why the last epoch was lost; names the rank."""
-
-
 class Engine:
     def __init__(
         self,
@@ -111,7 +95,9 @@ class Engine:
         self.fleet = fleet
         self.node_ip = node_ip
         self.node_id = node_id
-        self.counters = Counters()
+        self.counters = Counters.of(config.layout)
+        self.accounts = Accounts()
+        """What the ingresses count."""
         self._on_progress = on_progress
         self._runner = runner
         self._context = zmq.Context()
@@ -136,6 +122,7 @@ class Engine:
         self._num_arrivals = 0
         self._epoch = 0
         self._lost_at: float | None = None
+        self._loss_cause = Cause.FAILED
         self._losses: deque[float] = deque()
         self._reason = "starting"
         self._hopeless: str | None = None
@@ -213,8 +200,13 @@ class Engine:
         return sum(scheduler.pool.num_free for scheduler in self._schedulers())
 
     @property
+    def num_cached_pages(self) -> int:
+        return sum(scheduler.pool.num_cached for scheduler in self._schedulers())
+
+    @property
     def num_preemptions(self) -> int:
-        return sum(scheduler.num_preemptions for scheduler in self._schedulers())
+        before = self.counters.num_preemptions
+        return before + sum(scheduler.num_preemptions for scheduler in self._schedulers())
 
     def _schedulers(self) -> list[Scheduler]:
         gang = self._gang
@@ -250,7 +242,7 @@ class Engine:
             self._on_ingress(ingress, message)
             if ingress.is_new:
                 ingress.is_new = False
-                self._ingresses.send(ingress.identity, self._beat())
+                self._send(ingress.identity, self._beat())
         try:
             self._advance(now)
         except GangFailed as failure:
@@ -259,6 +251,7 @@ class Engine:
             self._next_beat = now + self.config.beat_ms / 1000
             self._tell_all()
             self._drop_silent_ingresses(now)
+        self.counters.turns.observe(time.monotonic() - now)
 
     def _poll(self) -> None:
         poller = zmq.Poller()
@@ -277,10 +270,10 @@ class Engine:
             launched, self._launching = self._launching, None
             error = launched.exception()
             if error is not None:
-                raise GangFailed(str(error)) from error
+                raise GangFailed(str(error), cause=Cause.START) from error
         if self._launching is None:  # until then the fleet belongs to the helper thread
             for death in self.fleet.deaths():
-                raise GangFailed(death.sentence, death.rank)
+                raise GangFailed(death.sentence, death.rank, cause=Cause.DIED)
         gang, link = self._gang, self._link
         if gang is None or link is None:
             return
@@ -310,7 +303,7 @@ class Engine:
             try:
                 link.send(rank, *frames)
             except LinkFull as error:
-                raise GangFailed(str(error), rank) from error
+                raise GangFailed(str(error), rank, cause=Cause.LINK) from error
 
         self._gang = Gang(
             self.config, epoch=self._epoch, now=now, send=send, on_progress=self._on_progress
@@ -329,8 +322,7 @@ class Engine:
         self._reason = ""
         self._losses_within(now)
         if self._lost_at is not None:
-            self.counters.num_recoveries += 1
-            self.counters.last_recovery_s = now - self._lost_at
+            self.counters.recovered(self._loss_cause, now - self._lost_at)
             log.warning("epoch %d serves after %.2f s", self._epoch, now - self._lost_at)
             self._lost_at = None
         self._ready.set()
@@ -347,6 +339,8 @@ class Engine:
         log.error("epoch %d is over: %s", self._epoch, failure)
         self._on_progress(str(failure))
         self._requests.clear()
+        self.counters.losses[failure.cause] += 1
+        self.counters.num_preemptions = self.num_preemptions
         self._gang = None
         if self._link is not None:
             self._link.close()
@@ -360,7 +354,8 @@ class Engine:
                 f"the last one because: {failure}"
             )
         else:
-            self._lost_at = self._lost_at or now
+            if self._lost_at is None:
+                self._lost_at, self._loss_cause = now, failure.cause
             self._launch(now)
 
     def _losses_within(self, now: float) -> int:
@@ -392,6 +387,8 @@ class Engine:
                 self._end(ingress.identity, message.request, FinishReason.CANCELLED)
             case Finish():
                 self._end(ingress.identity, message.request, FinishReason.STOP)
+            case IngressBeat():
+                self.accounts.heard(ingress.identity, message)
 
     def _on_submit(self, ingress: Ingress, submit: Submit) -> None:
         gang = self._gang
@@ -407,10 +404,11 @@ class Engine:
             sampling=submit.sampling,
             salt=submit.salt,
             arrival=self._num_arrivals,
+            queued_at=time.monotonic(),
         )
         refusal = self._refusal(request, gang)
         if refusal is not None:
-            self._ingresses.send(ingress.identity, refusal)
+            self._send(ingress.identity, refusal)
             return
         schedulers = gang.schedulers
         page_size = self.config.page_size
@@ -422,7 +420,7 @@ class Engine:
         try:
             schedulers[chosen].add(request)
         except RequestTooLarge as error:
-            self._ingresses.send(
+            self._send(
                 ingress.identity,
                 Refused(submit.request, 400, str(error), "max_tokens", "context_length_exceeded"),
             )
@@ -471,7 +469,16 @@ class Engine:
 
     def _drop_silent_ingresses(self, now: float) -> None:
         for gone in self._ingresses.silent(now, MISSED_BEATS * self.config.beat_ms / 1000):
-            self._cancel_all_of(gone.identity)
+            self._lose_ingress(gone.identity)
+
+    def _send(self, identity: bytes, message: ToIngress) -> None:
+        """An ingress that cannot be told has lost what it asked for."""
+        if not self._ingresses.send(identity, message):
+            self._lose_ingress(identity)
+
+    def _lose_ingress(self, identity: bytes) -> None:
+        self.accounts.lost(identity)
+        self._cancel_all_of(identity)
 
     def _cancel_all_of(self, identity: bytes) -> None:
         for owner, number in [key for key in self._requests if key[0] == identity]:
@@ -482,13 +489,10 @@ class Engine:
     def _on_step(self, step: StepDone) -> None:
         """Hand each ingress what this step gave its requests, in one message."""
         counters = self.counters
-        counters.num_steps += 1
-        for rank, ack in step.acks.items():
-            counters.step_seconds[rank] = ack.seconds
+        counters.step_done(step)
         outbox: dict[bytes, Tokens] = {}
         epoch = self._epoch
-        for plan, accepted in zip(step.plans, step.accepted, strict=True):
-            counters.num_prompt_tokens += sum(chunk.num_tokens for chunk in plan.chunks)
+        for accepted in step.accepted:
             for entry in accepted:
                 if entry is None:
                     continue
@@ -507,8 +511,7 @@ class Engine:
             counters.num_output_tokens += len(accepted)
         self._add_extras(step, outbox)
         for identity, box in outbox.items():
-            if not self._ingresses.send(identity, box):
-                self._cancel_all_of(identity)
+            self._send(identity, box)
 
     def _add_extras(self, step: StepDone, outbox: dict[bytes, Tokens]) -> None:
         """Log-probabilities and prefix hits, for the requests that have some."""
@@ -517,8 +520,9 @@ class Engine:
             for entry in first_tokens:
                 if entry is not None and entry[1] == 0:
                     identity, number = entry[0].key
-                    outbox[identity].num_cached.append((number, max(0, entry[0].num_cached)))
-                    self.counters.num_cached_tokens += max(0, entry[0].num_cached)
+                    num_cached = max(0, entry[0].num_cached)
+                    outbox[identity].num_cached.append((number, num_cached))
+                    self.counters.first_token(entry[0].num_prompt, num_cached)
         for ack in step.acks.values():
             if ack.logprobs or ack.prompt_logprobs:
                 replica = self.config.layout.coordinates(ack.rank).attn_dp
@@ -565,5 +569,4 @@ class Engine:
     def _tell_all(self) -> None:
         beat = self._beat()
         for identity in list(self._ingresses.ingresses):
-            if not self._ingresses.send(identity, beat):
-                self._cancel_all_of(identity)
+            self._send(identity, beat)

@@ -35,6 +35,8 @@ class Request:
     salt: str = ""
     arrival: int = 0
     """Order of arrival: the earlier is never preempted for the later."""
+    queued_at: float | None = None
+    """When it began to wait, until its first step is done; for metrics."""
 
     finish: Finish | None = None
     slot: int = -1
