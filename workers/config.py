@@ -106,7 +106,9 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 class Failpoint(Struct, frozen=True):
     """A planted fault, for tests: at `step` of `epoch`, `rank` does what `action` says."""
 
-    action: Literal["kill", "stop", "skip_collective", "corrupt_ids", "slow", "raise", "skip_step"]
+    action: Literal[
+        "kill", "stop", "skip_collective", "corrupt_ids", "slow", "raise", "skip_step", "poison"
+    ]
     rank: int
     step: int
     epoch: int = 1

@@ -1,7 +1,7 @@
 """Planted faults, so that tests can show what a fault does. Without failpoints none of this runs.
 
-A fault fires at the first step, from its own on, at which it can: `corrupt_ids` waits for a step
-that samples, `skip_collective` for one that communicates.
+A fault fires at the first step, from its own on, at which it can: `corrupt_ids` and `poison` wait
+for a step that samples, `skip_collective` for one that communicates.
 """
 
 import os
@@ -63,6 +63,12 @@ class Failpoints:
         wrong = ids.copy()
         wrong[0] ^= 1
         return wrong
+
+    def poison(self, rows: tuple[int, ...], ids: NDArray[np.int32], step: int) -> tuple[int, ...]:
+        """The poisoned rows of `step`, with its first logit row among them if that is due."""
+        if not len(ids) or not self.take("poison", step):
+            return rows
+        return tuple(sorted({0, *rows}))
 
 
 class Skipping:

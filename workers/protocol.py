@@ -133,7 +133,7 @@ class Body(Message):
     chunk_lengths: bytes = b""
     """Slot `chunk_slots[i]` computes its next `chunk_lengths[i]` tokens."""
     num_masked: Natural = 0
-    """Logit rows whose ids a `Mask` will limit: the step's sampling waits for it if there are any."""
+    """Logit rows whose ids a `Mask` will limit; if there are any, sampling waits for it."""
 
 
 class Mask(Message):

@@ -27,8 +27,18 @@ from workers.batch import BatchState, Chunk, ForwardBatch, ProtocolError, StepRo
 from workers.cache import KVCache, bytes_per_page, pages_that_fit
 from workers.config import EngineConfig
 from workers.models import Model, build_model, read_model_config
-from workers.protocol import Admit, Body, Header, Sampling, TokenLogprobs, pack
-from workers.sampling import PendingLogprobs, Sampler, token_logprobs
+from workers.protocol import (
+    Admit,
+    Body,
+    Header,
+    Mask,
+    Sampling,
+    TokenLogprobs,
+    mask_bytes,
+    pack,
+    unpack,
+)
+from workers.sampling import Allowed, PendingLogprobs, Sampler, token_logprobs
 from workers.weights import dummy_weights, load_weights
 
 GIB = 2**30
@@ -81,6 +91,9 @@ class PendingStep:
     prompt_logprobs: list[_PendingPrompt]
     done: torch.cuda.Event | None
     """None on a CPU, where it is done already."""
+    num_masked: int = 0
+    logits_RV: Tensor | None = None
+    """Set while sampling waits for the mask of `num_masked` rows."""
 
 
 def load_model(
@@ -151,10 +164,21 @@ class ModelRunner:
         with torch.inference_mode():
             rows = self._state.apply(body)
             _check_header(header, rows, replica)
-            return self._launch(rows, body.admits)
+            return self._launch(rows, body.admits, body.num_masked)
+
+    def mask(self, pending: PendingStep, mask: Mask) -> None:
+        """Sample the rows of a step whose body announced this mask."""
+        _check_mask(pending, mask, self.vocab_size)
+        logits_RV, pending.logits_RV = pending.logits_RV, None
+        if logits_RV is not None:
+            with torch.inference_mode():
+                allowed = Allowed.unpacked(mask, self.vocab_size, self._device)
+                self._sample(pending, logits_RV, allowed)
 
     def is_done(self, pending: PendingStep) -> bool:
         """Whether `finish` would return without waiting."""
+        if pending.logits_RV is not None:
+            return False
         return pending.done is None or pending.done.query()
 
     def finish(self, pending: PendingStep) -> StepResult:
@@ -167,7 +191,9 @@ class ModelRunner:
         with torch.inference_mode():
             return self._launch(self._state.apply(body), body.admits)
 
-    def _launch(self, rows: StepRows, admits: tuple[Admit, ...]) -> PendingStep:
+    def _launch(
+        self, rows: StepRows, admits: tuple[Admit, ...], num_masked: int = 0
+    ) -> PendingStep:
         if rows.dirty_pages:
             self._cache.clear(rows.dirty_pages)
         for admit in admits:
@@ -181,22 +207,36 @@ class ModelRunner:
         hidden_TD = self._model.forward(batch)
         prompts = [self._prompt_logprobs(chunk, hidden_TD) for chunk in rows.chunks]
         row_sums_T = hidden_TD.sum(dim=-1, dtype=torch.float32) if rows.chunks else None
-        ids_R = highest_R = torch.empty(0)
-        logprobs = None
+        logits_RV = None
         if rows.num_logit_rows:
             if rows.chunks:
                 hidden_TD = hidden_TD.index_select(0, batch.logit_rows_R)
-            ids_R, highest_R, logprobs = self._sampler.sample(self._model.logits(hidden_TD), rows)
-        return PendingStep(
+            logits_RV = self._model.logits(hidden_TD)
+        pending = PendingStep(
             rows,
             self._ledger.take(),
-            self._fetch(ids_R),
-            self._fetch(highest_R),
+            torch.empty(0),
+            torch.empty(0),
             None if row_sums_T is None else self._fetch(row_sums_T),
-            None if logprobs is None else logprobs.moved(self._fetch),
+            None,
             [prompt for prompt in prompts if prompt is not None],
-            self._mark(),
+            None,
+            num_masked,
         )
+        if logits_RV is None:
+            pending.done = self._mark()
+        elif num_masked:
+            pending.logits_RV = logits_RV
+        else:
+            self._sample(pending, logits_RV, None)
+        return pending
+
+    def _sample(self, pending: PendingStep, logits_RV: Tensor, allowed: Allowed | None) -> None:
+        """Queue the step's sampling, and its results' way to the host."""
+        ids_R, highest_R, logprobs = self._sampler.sample(logits_RV, pending.rows, allowed)
+        pending.ids_R, pending.highest_R = self._fetch(ids_R), self._fetch(highest_R)
+        pending.logprobs = None if logprobs is None else logprobs.moved(self._fetch)
+        pending.done = self._mark()
 
     def _batch(self, rows: StepRows) -> ForwardBatch:
         """The step's rows on the device; decodes read the token that sampling left there."""
@@ -385,6 +425,20 @@ def _check_header(header: Header, rows: StepRows, replica: int) -> None:
         raise ProtocolError(
             f"step {header.step} should have {told[0]} rows and {told[1]} logit rows in replica "
             f"{replica}, and this rank counts {counted[0]} and {counted[1]}"
+        )
+
+
+def _check_mask(pending: PendingStep, mask: Mask, vocab_size: int) -> None:
+    rows, num_logit_rows = unpack(mask.rows), pending.rows.num_logit_rows
+    num_bytes = len(rows) * mask_bytes(vocab_size)
+    if pending.logits_RV is None or len(rows) != pending.num_masked:
+        raise ProtocolError(
+            f"step {mask.step} waits for the mask of {pending.num_masked} rows and got {len(rows)}"
+        )
+    if len(mask.bits) != num_bytes or not ((rows >= 0) & (rows < num_logit_rows)).all():
+        raise ProtocolError(
+            f"the mask of step {mask.step} has {len(mask.bits)} bytes for {len(rows)} of "
+            f"{num_logit_rows} logit rows, and this rank counts {num_bytes}"
         )
 
 

@@ -5,9 +5,9 @@ remember on the device: its last token and, for those with penalties, how often 
 `sample` never waits for the device and never looks at a sampled token on the host.
 
 The order is: log-probabilities of the raw logits; logit bias and ids barred until `min_tokens`;
-penalties; temperature; min_p, top_k, top_p; the draw. Which ids survive is decided by the value of
-the last one that does, so ids with equal logits stay or go together, in whatever order a sort
-leaves them. The draw is a race of exponentials keyed by (seed, nonce, position): see
+penalties; what a grammar allows; temperature; min_p, top_k, top_p; the draw. Which ids survive is
+decided by the value of the last one that does, so ids with equal logits stay or go together, in
+whatever order a sort leaves them. The draw is a race of exponentials keyed by (seed, nonce, position): see
 `kernels.philox`. The lowest id wins a tie.
 
 Shapes: R rows, V vocabulary, S slots, N rows of a kind, K candidates of a row.
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from kernels.philox import exponential_noise, words_all, words_at
 from workers.batch import StepRows
-from workers.protocol import Admit, Sampling, TokenLogprobs, unpack
+from workers.protocol import Admit, Mask, Sampling, TokenLogprobs, mask_bytes, unpack
 
 COLDEST = 1e-5
 """A temperature below is greedy: logits divided by it would leave float32."""
@@ -67,6 +67,23 @@ class PendingLogprobs(NamedTuple):
                 self.rows, self.num_top, *columns, strict=True
             )
         ]
+
+
+class Allowed(NamedTuple):
+    """The ids that a grammar leaves to some rows."""
+
+    rows_N: Tensor
+    barred_NV: Tensor
+    """True where the id must not be sampled."""
+
+    @classmethod
+    def unpacked(cls, mask: Mask, vocab_size: int, device: torch.device) -> "Allowed":
+        rows = unpack(mask.rows).astype(np.int64)
+        bits = np.frombuffer(mask.bits, np.uint8).reshape(len(rows), mask_bytes(vocab_size))
+        bits_NB = torch.from_numpy(bits.copy()).to(device)
+        places = torch.arange(8, dtype=torch.uint8, device=device)
+        barred_NV = (bits_NB[:, :, None] >> places & 1).flatten(1)[:, :vocab_size] == 0
+        return cls(torch.from_numpy(rows).to(device), barred_NV)
 
 
 class Sampled(NamedTuple):
@@ -152,14 +169,16 @@ class Sampler:
         """(how many of the likeliest or -1 for none, tokens of the prompt)."""
         return self._sampling[slot].num_prompt_logprobs, int(self._num_prompt_S[slot])
 
-    def sample(self, logits_RV: Tensor, rows: StepRows) -> Sampled:
+    def sample(self, logits_RV: Tensor, rows: StepRows, allowed: Allowed | None = None) -> Sampled:
         """One id for each logit row, in float32 logits that it leaves as they are."""
         slots_R = rows.logit_slots_R
         highest_R, ids_R = logits_RV.max(dim=-1)
         logprobs = None
-        if self._needs_S[slots_R].any():
+        if allowed is not None or self._needs_S[slots_R].any():
             positions_R = rows.positions_T[rows.logit_rows_R] + 1
-            ids_R, logprobs = self._sample_with_extras(logits_RV, ids_R, slots_R, positions_R)
+            ids_R, logprobs = self._sample_with_extras(
+                logits_RV, ids_R, slots_R, positions_R, allowed
+            )
         slots = torch.from_numpy(slots_R).to(self._device, non_blocking=True)
         self.last_token_S.index_copy_(0, slots, ids_R)
         return Sampled(ids_R, highest_R, logprobs)
@@ -170,9 +189,10 @@ class Sampler:
         ids_R: Tensor,
         slots_R: NDArray[np.int64],
         positions_R: NDArray[np.int64],
+        allowed: Allowed | None,
     ) -> tuple[Tensor, PendingLogprobs | None]:
         extras = self._extras_of(slots_R)
-        edited_RV = self._edit(logits_RV, extras, slots_R, positions_R)
+        edited_RV = self._edit(logits_RV, extras, slots_R, positions_R, allowed)
         if edited_RV is not logits_RV:
             ids_R = edited_RV.argmax(dim=-1)
         if extras.draws is not None:
@@ -193,10 +213,11 @@ class Sampler:
         extras: _Extras,
         slots_R: NDArray[np.int64],
         positions_R: NDArray[np.int64],
+        allowed: Allowed | None,
     ) -> Tensor:
-        """Bias, barred ids and penalties, on a copy if there are any."""
+        """Bias, barred ids, penalties and grammars, on a copy if there are any."""
         barred = self._barred(slots_R, positions_R)
-        if extras.bias is None and barred is None and extras.penalties is None:
+        if extras.bias is None and barred is None and extras.penalties is None and allowed is None:
             return logits_RV
         edited_RV = logits_RV.clone()
         if extras.bias is not None:
@@ -206,6 +227,9 @@ class Sampler:
             edited_RV.index_put_(barred, edited_RV.new_tensor(NEVER))
         if extras.penalties is not None:
             self._penalise(edited_RV, extras.penalties)
+        if allowed is not None:
+            kept_NV = edited_RV[allowed.rows_N].masked_fill_(allowed.barred_NV, NEVER)
+            edited_RV[allowed.rows_N] = kept_NV
         return edited_RV
 
     def _barred(

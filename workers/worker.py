@@ -32,6 +32,7 @@ from workers.config import EngineConfig
 from workers.failpoints import Failpoints, Skipping
 from workers.link import DriverLink, Pulse
 from workers.protocol import (
+    MASK,
     MESSAGE,
     PROTOCOL_VERSION,
     STEP,
@@ -40,6 +41,7 @@ from workers.protocol import (
     Failed,
     Header,
     Hello,
+    Mask,
     Progress,
     Ready,
     Serve,
@@ -49,6 +51,7 @@ from workers.protocol import (
     TokenLogprobs,
     decode_body,
     decode_header,
+    decode_mask,
     decode_to_worker,
     digest,
     pack,
@@ -75,6 +78,8 @@ class Result(Protocol):
     def prompt_logprobs(self) -> tuple[tuple[int, int, tuple[TokenLogprobs, ...]], ...]: ...
     @property
     def ledger(self) -> bytes: ...
+    @property
+    def poisoned_rows(self) -> tuple[int, ...]: ...
 
 
 class Runner(Protocol):
@@ -91,7 +96,11 @@ class Runner(Protocol):
 
     def allocate(self, num_pages: int) -> None: ...
 
-    def launch(self, header: Header, body: Body, replica: int) -> Any: ...
+    def launch(self, header: Header, body: Body, replica: int) -> Any:
+        """Queue a step; one whose body has `num_masked` > 0 samples only after `mask`."""
+        ...
+
+    def mask(self, pending: Any, mask: Mask) -> None: ...
 
     def is_done(self, pending: Any) -> bool:
         """Whether `finish` would return without waiting."""
@@ -183,6 +192,10 @@ class Worker:
         self._failpoints = Failpoints(spec.failpoints, epoch=spec.epoch, rank=spec.rank)
         self._left = threading.Event()
         self._in_flight: deque[_InFlight] = deque()
+        self._awaits_mask = False
+        """The last step in flight cannot sample yet."""
+        self._kept: list[bytes] | None = None
+        """The step after one that awaits its mask."""
 
     def run(self) -> None:
         context = zmq.Context()
@@ -315,15 +328,15 @@ class Worker:
         return message
 
     def _turn(self, link: DriverLink, runner: Runner) -> None:
-        """Takes the next step if there is one, else ends the oldest in flight if it is done."""
-        if not self._in_flight:
-            self._take(self._receive(link), runner)
+        """Takes the next step or mask if there is one, else ends the oldest step if it is done."""
+        if len(self._in_flight) == int(self._awaits_mask):
+            self._take(self._next(link) or self._receive(link), runner)
             return
         oldest = self._in_flight[0]
         if len(self._in_flight) == MAX_IN_FLIGHT or runner.is_done(oldest.pending):
             link.send(self._finish(runner))
             return
-        frames = link.receive(0)
+        frames = self._next(link)
         if frames is not None:
             self._take(frames, runner)
         elif self._left.is_set():
@@ -331,24 +344,56 @@ class Worker:
         else:
             time.sleep(SPIN_S)
 
+    def _next(self, link: DriverLink) -> list[bytes] | None:
+        """The step that was kept, if it can go now; else what has come."""
+        if self._kept is None or self._awaits_mask:
+            return link.receive(0)
+        frames, self._kept = self._kept, None
+        return frames
+
     def _take(self, frames: list[bytes], runner: Runner) -> None:
-        began = time.perf_counter()
-        if len(frames) != 3 or frames[0] != STEP:
+        """A step or a mask. What follows a step that awaits its mask is kept until that comes."""
+        if len(frames) == 2 and frames[0] == MASK:
+            self._mask(decode_mask(frames[1]), runner)
+        elif len(frames) != 3 or frames[0] != STEP:
             message = self._message(frames)
             raise StepRefused(
                 f"rank {self._spec.rank} waited for a step and got {type(message).__name__}"
             )
+        elif not self._awaits_mask:
+            self._launch(frames, runner)
+        elif self._kept is None:
+            self._kept = frames
+        else:
+            raise StepRefused(
+                f"rank {self._spec.rank} got two steps more while step {self._chain.step} "
+                "awaits its mask"
+            )
+
+    def _launch(self, frames: list[bytes], runner: Runner) -> None:
+        began = time.perf_counter()
         header, body = self._chain.accept(frames[1], frames[2])
         self._failpoints.enter(header.step)
         if self._failpoints.take("skip_step", header.step):
             return
         pending = runner.launch(header, body, self._replica)
         self._in_flight.append(_InFlight(header.step, digest(frames[1]), pending, began))
+        self._awaits_mask = body.num_masked > 0
+
+    def _mask(self, mask: Mask, runner: Runner) -> None:
+        if not self._awaits_mask or (mask.epoch, mask.step) != (self._spec.epoch, self._chain.step):
+            raise StepRefused(
+                f"rank {self._spec.rank} is at step {self._chain.step} of epoch "
+                f"{self._spec.epoch} and got a mask for step {mask.step} of epoch {mask.epoch}"
+            )
+        runner.mask(self._in_flight[-1].pending, mask)
+        self._awaits_mask = False
 
     def _finish(self, runner: Runner) -> Ack:
         done = self._in_flight.popleft()
         result = runner.finish(done.pending)
         ids = pack(self._failpoints.corrupt(result.ids, done.step))
+        poisoned = self._failpoints.poison(result.poisoned_rows, result.ids, done.step)
         first = self._is_first_of_replica
         return Ack(
             epoch=self._spec.epoch,
@@ -361,6 +406,7 @@ class Worker:
             tokens=ids if first else b"",
             logprobs=result.logprobs if first else (),
             prompt_logprobs=result.prompt_logprobs if first else (),
+            poisoned=poisoned if first else (),
         )
 
 

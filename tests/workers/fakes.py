@@ -41,6 +41,7 @@ class FakeResult(NamedTuple):
     ledger: bytes
     logprobs: tuple = ()
     prompt_logprobs: tuple = ()
+    poisoned_rows: tuple = ()
 
 
 class FakeRunner:

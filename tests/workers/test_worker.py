@@ -14,7 +14,18 @@ from workers import worker
 from workers.config import EngineConfig, Failpoint
 from workers.failpoints import Failpoints
 from workers.link import Pulse
-from workers.protocol import Beat, Body, Failed, Header, Hello, Ready, Start, digest, encode
+from workers.protocol import (
+    PROTOCOL_VERSION,
+    Beat,
+    Body,
+    Failed,
+    Header,
+    Hello,
+    Ready,
+    Start,
+    digest,
+    encode,
+)
 from workers.spec import WorkerSpec, read_failpoints
 from workers.worker import StepChain, StepRefused, Worker, refuse_foreign_kernels, sentence
 
@@ -159,7 +170,8 @@ def test_what_a_rank_says_of_itself(link, run):
     run()
     driver = TinyDriver(link, ALONE, epoch=1)
     [(_, hello)] = driver.collect(Hello, 1)
-    assert (hello.version, hello.rank, hello.device, hello.store_port) == (1, 0, "cpu", 0)
+    said = (hello.version, hello.rank, hello.device, hello.store_port)
+    assert said == (PROTOCOL_VERSION, 0, "cpu", 0)
     driver.send(0, Start(1, "", 0))
     [(_, ready)] = driver.collect(Ready, 1)
     assert (ready.max_pages, ready.vocab_size, ready.stop_token_ids) == (100, 1000, (2,))
