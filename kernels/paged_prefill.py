@@ -1,0 +1,163 @@
+"""Causal attention of chunks of prompts over keys and values in pages: flash attention.
+
+A program takes up to `BLOCK_ROWS` rows of one chunk and one head, and walks over the sequence's
+tokens up to its last row. The rows of a step are cut into such blocks on the host (`cut_chunks`),
+once for all layers; the keys of the chunk itself are in the cache already.
+
+When to use: on a GPU, for chunks of any length at any start, several in a launch.
+
+    two chunks, of 130 rows from token 0 of slot 3 and 5 rows from token 64 of slot 1, behind 2
+    decodes: blocks (row, count, token, slot) = (2, 128, 0, 3), (130, 2, 128, 3), (132, 5, 64, 1)
+
+Shapes: T rows, H heads, G kv heads, D head dim, X tokens of the cache, S slots, N pages of a slot,
+M blocks of rows.
+"""
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kernels.launch import refuse_unless
+
+BLOCK_ROWS = 128
+BLOCK_TOKENS = 64
+LOG2_E = 1.4426950408889634
+
+
+def cut_chunks(chunks: Iterable[tuple[int, int, int, int]]) -> NDArray[np.int64]:
+    """Blocks (M, 4) of (row, rows, token, slot) for chunks of the same four.
+
+    >>> cut_chunks([(2, 130, 0, 3), (132, 5, 64, 1)]).tolist()
+    [[2, 128, 0, 3], [130, 2, 128, 3], [132, 5, 64, 1]]
+    """
+    blocks = [
+        (row + at, min(BLOCK_ROWS, count - at), token + at, slot)
+        for row, count, token, slot in chunks
+        for at in range(0, count, BLOCK_ROWS)
+    ]
+    return np.array(blocks, np.int64).reshape(-1, 4)
+
+
+@triton.jit
+def _prefill_kernel(
+    q_ptr,
+    keys_ptr,
+    values_ptr,
+    table_ptr,
+    block_ptr,
+    out_ptr,
+    scale_log2,
+    window,
+    table_stride,
+    num_heads,
+    num_kv_heads,
+    head_dim,
+    PAGE: tl.constexpr,
+    DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    block = tl.program_id(1)
+    head = tl.program_id(0)
+    first_row = tl.load(block_ptr + block * 4)
+    num_rows = tl.load(block_ptr + block * 4 + 1).to(tl.int32)
+    first_token = tl.load(block_ptr + block * 4 + 2).to(tl.int32)
+    slot = tl.load(block_ptr + block * 4 + 3)
+    kv_head = head // (num_heads // num_kv_heads)
+    rows = tl.arange(0, ROWS)
+    dims = tl.arange(0, DIM)
+    in_head = dims < head_dim
+    inside_q = (rows < num_rows)[:, None] & in_head[None, :]
+    q_offsets = ((first_row + rows) * num_heads + head)[:, None] * head_dim + dims[None, :]
+    q = tl.load(q_ptr + q_offsets, mask=inside_q, other=0.0)
+    positions = first_token + rows
+    table = table_ptr + slot * table_stride
+    token_stride = num_kv_heads * head_dim
+    start = 0
+    if window > 0:
+        start = tl.maximum(first_token + 1 - window, 0) // BLOCK * BLOCK
+    end = first_token + num_rows
+    highest = tl.full((ROWS,), -1.0e30, tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    out = tl.zeros((ROWS, DIM), tl.float32)
+    for at in tl.range(start, end, BLOCK, num_stages=STAGES):
+        tokens = at + tl.arange(0, BLOCK)
+        exists = tokens < end
+        pages = tl.load(table + tokens // PAGE, mask=exists, other=0).to(tl.int64)
+        kv_rows = (pages * PAGE + tokens % PAGE) * token_stride + kv_head * head_dim
+        offsets = kv_rows[:, None] + dims[None, :]
+        inside = exists[:, None] & in_head[None, :]
+        keys = tl.load(keys_ptr + offsets, mask=inside, other=0.0)
+        scores = tl.dot(q, tl.trans(keys), input_precision=PRECISION) * scale_log2
+        seen = tokens[None, :] <= positions[:, None]
+        if window > 0:
+            seen = seen & (tokens[None, :] > positions[:, None] - window)
+        scores = tl.where(seen, scores, float("-inf"))
+        # NOTE: a row may see nothing in a block; its highest stays finite, so no NaN arises.
+        new_highest = tl.maximum(highest, tl.max(scores, axis=1))
+        weights = tl.exp2(scores - new_highest[:, None])
+        shrink = tl.exp2(highest - new_highest)
+        values = tl.load(values_ptr + offsets, mask=inside, other=0.0)
+        total = total * shrink + tl.sum(weights, axis=1)
+        out = out * shrink[:, None]
+        out = tl.dot(weights.to(values.dtype), values, out, input_precision=PRECISION)
+        highest = new_highest
+    out = out / tl.where(total == 0.0, 1.0, total)[:, None]
+    tl.store(out_ptr + q_offsets, out, mask=inside_q)
+
+
+def paged_prefill(
+    q_THD: Tensor,
+    keys_XGD: Tensor,
+    values_XGD: Tensor,
+    table_SN: Tensor,
+    blocks_M4: Tensor,
+    out_THD: Tensor,
+    *,
+    page_size: int,
+    scale: float,
+    sliding_window: int | None,
+    num_stages: int = 2,
+    num_warps: int = 8,
+) -> None:
+    """Fill the rows of `out_THD` that `blocks_M4` names; the others are left alone."""
+    _, num_heads, head_dim = q_THD.shape
+    num_kv_heads = keys_XGD.shape[1]
+    refuse_unless(
+        num_heads % num_kv_heads == 0 and keys_XGD.shape == values_XGD.shape,
+        f"{num_heads} heads cannot share the heads of keys {tuple(keys_XGD.shape)} and values "
+        f"{tuple(values_XGD.shape)}",
+    )
+    refuse_unless(out_THD.shape == q_THD.shape, "out must have the shape of q")
+    tensors = (q_THD, keys_XGD, values_XGD, table_SN, blocks_M4, out_THD)
+    refuse_unless(all(each.is_contiguous() for each in tensors), "all tensors must be contiguous")
+    if len(blocks_M4) == 0:
+        return
+    _prefill_kernel[(num_heads, len(blocks_M4))](
+        q_THD,
+        keys_XGD,
+        values_XGD,
+        table_SN,
+        blocks_M4,
+        out_THD,
+        scale * LOG2_E,
+        0 if sliding_window is None else sliding_window,
+        table_SN.shape[1],
+        num_heads,
+        num_kv_heads,
+        head_dim,
+        PAGE=page_size,
+        DIM=max(16, triton.next_power_of_2(head_dim)),
+        ROWS=BLOCK_ROWS,
+        BLOCK=BLOCK_TOKENS,
+        STAGES=num_stages,
+        PRECISION="ieee" if q_THD.dtype == torch.float32 else "tf32",
+        num_warps=num_warps,
+    )
