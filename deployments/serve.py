@@ -129,6 +129,7 @@ def _cluster(config: ServiceConfig) -> Any:
         ray.init(address=address, log_to_driver=True)
     else:
         ray.init(
+            address="local",  # else it would join any cluster that happens to run here
             num_cpus=max(4, config.engine.layout.world_size + 2),
             include_dashboard=False,
             log_to_driver=True,

@@ -30,6 +30,7 @@ def cluster():
     folder = tempfile.TemporaryDirectory(prefix="lsray", dir="/tmp", ignore_cleanup_errors=True)
     with folder, contextlib.ExitStack() as stack:
         ray.init(
+            address="local",
             num_cpus=8,
             include_dashboard=False,
             _temp_dir=folder.name,
