@@ -1,12 +1,16 @@
 """A Ray cluster of the tests' own and services on it, reached over HTTP like a user does."""
 
 import contextlib
+import os
 import socket
 import tempfile
 import time
+from pathlib import Path
 
 import httpx
 import pytest
+
+from tests.e2e import ray_calls
 
 APP = "lockstep"
 
@@ -20,8 +24,6 @@ def free_port():
 @pytest.fixture(scope="session")
 def cluster():
     """A single-node Ray with Serve behind HAProxy on a free port; gone after the last test."""
-    import os
-
     os.environ["RAY_SERVE_HAPROXY_METRICS_PORT"] = str(free_port())
     os.environ["RAY_SERVE_HAPROXY_STATS_PORT"] = str(free_port())
     import ray
@@ -29,6 +31,10 @@ def cluster():
 
     folder = tempfile.TemporaryDirectory(prefix="lsray", dir="/tmp", ignore_cleanup_errors=True)
     with folder, contextlib.ExitStack() as stack:
+        calls = Path(folder.name, "calls")
+        calls.mkdir()
+        os.environ[ray_calls.FOLDER_VARIABLE] = str(calls)
+        os.environ["PYTHONPATH"] = str(Path(__file__).parents[2])
         ray.init(
             address="local",
             num_cpus=8,
@@ -36,6 +42,7 @@ def cluster():
             _temp_dir=folder.name,
             log_to_driver=False,
             logging_level="error",
+            runtime_env={"worker_process_setup_hook": "tests.e2e.ray_calls.install"},
         )
         stack.callback(ray.shutdown)
         port = free_port()

@@ -11,6 +11,7 @@ import httpx
 import openai
 import pytest
 
+from tests.e2e import ray_calls
 from tests.e2e.conftest import deployed, driver_handle, metric, wait_ready
 from workers.bundled.questions import answer
 
@@ -140,6 +141,25 @@ def test_a_client_that_leaves_frees_its_pages(url):
     assert metric(handle, "lockstep_requests_waiting") == 0
     time.sleep(0.3)  # the acks of the plans in flight
     assert metric(handle, "lockstep_pages_free") == metric(handle, "lockstep_pages")
+
+
+def test_no_ray_call_is_made_for_a_token(url):
+    """Serve's own periodic calls go on; tokens must not add any."""
+
+    def calls_and_seconds(work):
+        calls, began = ray_calls.total(), time.monotonic()
+        work()
+        return ray_calls.total() - calls, time.monotonic() - began
+
+    idle_calls, idle_s = calls_and_seconds(lambda: time.sleep(4))
+    num_tokens = 32 * 120
+    asked = ["Count from 1 to 99"] * 32
+    busy_calls, busy_s = calls_and_seconds(
+        lambda: asyncio.run(ask_all(url, asked, max_tokens=120, ignore_eos=True))
+    )
+    expected = (idle_calls + 10) / idle_s * busy_s
+    assert idle_calls > 0, "the counter counts nothing"
+    assert busy_calls - expected < num_tokens / 100
 
 
 def test_a_killed_rank_is_noticed_and_no_stream_notices(url):
