@@ -6,7 +6,7 @@ ingress drops what names another epoch or an index that it already has, so a tok
 exactly once, whatever died in between.
 """
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta, Struct
@@ -14,6 +14,19 @@ from msgspec import Meta, Struct
 from workers.protocol import Message, Natural, Sampling, TokenLogprobs
 
 FINISH_STOP, FINISH_LENGTH, FINISH_CANCELLED, FINISH_ERROR = "stop", "length", "cancelled", "error"
+
+
+MAX_GRAMMAR_CHARS = 2**16
+
+
+class Grammar(Message, frozen=True):
+    """What the output must look like."""
+
+    kind: Literal["json", "regex", "lark"]
+    """A JSON schema, a regular expression for the whole text, or a Lark grammar."""
+    text: Annotated[str, Meta(max_length=MAX_GRAMMAR_CHARS)]
+    field: Annotated[str, Meta(max_length=64)] = ""
+    """What the client called it; for the sentence that refuses it."""
 
 
 class Submit(Message, frozen=True, tag="submit"):
@@ -33,6 +46,8 @@ class Submit(Message, frozen=True, tag="submit"):
     sampling: Sampling
     salt: str = ""
     """Requests share cached prefixes only under the same salt."""
+    grammar: Grammar | None = None
+    """Followed from the first output token on, those already in `tokens` included."""
 
 
 class Cancel(Message, frozen=True, tag="cancel"):
