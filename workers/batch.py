@@ -22,6 +22,7 @@ Every integer of a body is checked here, before anything reaches the device.
 Shapes: T rows of the step, B of them decodes, R rows that sample, S slots, N pages of a slot.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -54,6 +55,27 @@ class Attention(Protocol):
         """Write the rows' keys and values (T, kv heads, head dim) into `layer` of the cache, then
         attend causally over each row's own sequence; (T, heads, head dim)."""
         ...
+
+
+class ProjectionAttention(ABC):
+    """An `Attention` that takes a projection's rows as they come: a GPU does all in one kernel."""
+
+    @abstractmethod
+    def attend_projection(
+        self,
+        layer: int,
+        qkv_TND: Tensor,
+        norm_ND: Tensor | None,
+        rotation_T3C: Tensor,
+        *,
+        eps: float,
+        scale: float,
+        sliding_window: int | None,
+    ) -> Tensor:
+        """Normalise queries and keys if there are weights, rotate them, then attend as above.
+
+        The heads are the queries', then the keys', then the values'.
+        """
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -112,6 +134,14 @@ class StepRows(NamedTuple):
         return len(self.logit_rows_R)
 
 
+class TableChange(NamedTuple):
+    """Pages `first`, `first + 1`, ... of a slot."""
+
+    slot: int
+    first: int
+    pages: NDArray[np.int32]
+
+
 class BatchState:
     """Which slots are taken, what they have computed and where their pages are.
 
@@ -133,6 +163,8 @@ class BatchState:
         """Past a slot's last page its first is repeated, so a padded read meets only its own."""
         self.table_version = 0
         """Grows when `page_table_SN` or the slots that decode change."""
+        self.table_changes: list[TableChange] = []
+        """What the last body changed in `page_table_SN`."""
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
         self._max_model_len = max_model_len
@@ -153,6 +185,7 @@ class BatchState:
 
     def apply(self, body: Body) -> StepRows:
         """Obey a body: leaves, admits, growth; then the rows, which count as computed from here."""
+        self.table_changes = []
         if body.leaves:
             self._leave(_integers("leaves", body.leaves))
         self._refresh_decodes()
@@ -190,6 +223,7 @@ class BatchState:
         self.page_table_SN[slot] = pages[0]
         self.page_table_SN[slot, : len(pages)] = pages
         self._set_num_pages(slot, len(pages))
+        self.table_changes.append(TableChange(slot, 0, pages))
         self.table_version += 1
         return pages[-(-num_cached // self.page_size) :].tolist()
 
@@ -199,7 +233,7 @@ class BatchState:
         if len(slots) != len(pages):
             raise ProtocolError(f"a step grows {len(slots)} slots by {len(pages)} pages")
         self._check_pages(pages, "a growing slot")
-        for slot, page in zip(slots, pages.tolist(), strict=True):
+        for number, (slot, page) in enumerate(zip(slots, pages.tolist(), strict=True)):
             self._check_taken(slot, "grows")
             count = int(self._num_pages_S[slot])
             if count == self.page_table_SN.shape[1]:
@@ -209,6 +243,7 @@ class BatchState:
                 )
             self.page_table_SN[slot, count] = page
             self._set_num_pages(slot, count + 1)
+            self.table_changes.append(TableChange(slot, count, pages[number : number + 1]))
         self.table_version += 1
         return pages.tolist()
 

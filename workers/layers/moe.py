@@ -17,7 +17,7 @@ from torch.nn import functional
 from parallel.collectives import all_reduce
 from workers.errors import BadSplit
 from workers.layers.build import Build, even_share, padded_share
-from workers.layers.mlp import silu_and_multiply
+from workers.layers.fast import silu_and_multiply
 from workers.model_config import MoeConfig
 from workers.weights import OneOf, Part, Source, everything
 

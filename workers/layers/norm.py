@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from workers.layers.build import Build
+from workers.layers.fast import add_rms_norm, rms_norm
 from workers.weights import Source, everything
 
 
@@ -37,13 +38,18 @@ class RMSNorm:
     def __init__(self, build: Build, name: str) -> None:
         self._name = name
         self._unit = UnitRms(build, build.config.hidden_size)
+        self._eps = build.config.rms_norm_eps
         self.weight_D = build.empty(build.config.hidden_size)
 
     def forward(self, x_TD: Tensor) -> Tensor:
+        if x_TD.is_cuda:
+            return rms_norm(x_TD, self.weight_D, self._eps)
         return self._unit.forward(x_TD, self.weight_D)
 
     def add(self, x_TD: Tensor, residual_TD: Tensor) -> Tensor:
         """Add `x` to the residual stream, in place, and normalise the sum."""
+        if x_TD.is_cuda:
+            return add_rms_norm(x_TD, residual_TD, self.weight_D, self._eps)
         return self._unit.forward(residual_TD.add_(x_TD), self.weight_D)
 
     def sources(self) -> list[Source]:

@@ -15,6 +15,9 @@ from workers.model_config import RopeConfig
 class Rotation(NamedTuple):
     """A step's rotation, with the head dimension as two halves of C = head_dim / 2."""
 
+    rows_T3C: Tensor
+    """Cosines, minus sines and sines; what follows are views of it."""
+
     cos_T11C: Tensor
     sin_T12C: Tensor
     """Minus the sine for the first half, the sine for the second."""
@@ -46,7 +49,7 @@ class RotaryTable:
 
     def at(self, positions_T: Tensor) -> Rotation:
         rows_T13C = self._table_P3C[positions_T].unsqueeze(1)
-        return Rotation(rows_T13C[:, :, :1], rows_T13C[:, :, 1:])
+        return Rotation(rows_T13C[:, 0], rows_T13C[:, :, :1], rows_T13C[:, :, 1:])
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:

@@ -1,0 +1,62 @@
+"""Operations that have a kernel of ours on a GPU; elsewhere they are torch's.
+
+Triton is there only with a GPU build of torch, so its kernels are imported where they are used.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+def linear(x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
+    if x_TK.is_cuda:
+        from kernels.skinny_linear import fits, skinny_linear
+
+        if fits(x_TK):
+            return skinny_linear(x_TK.contiguous(), weight_NK, bias_N)
+    return functional.linear(x_TK, weight_NK, bias_N)
+
+
+def gated_linear(x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
+    """`silu_and_multiply` of the product."""
+    if x_TK.is_cuda:
+        from kernels.skinny_linear import fits, skinny_linear
+
+        if fits(x_TK):
+            return skinny_linear(x_TK.contiguous(), weight_NK, bias_N, gated=True)
+    return silu_and_multiply(functional.linear(x_TK, weight_NK, bias_N))
+
+
+def head_linear(x_RK: Tensor, weight_VK: Tensor) -> Tensor:
+    """Logits: on a GPU not rounded to the weight's type, so that few are equal."""
+    if x_RK.is_cuda and x_RK.dtype != torch.float32:
+        from kernels.skinny_linear import fits, skinny_linear
+
+        if fits(x_RK):
+            return skinny_linear(x_RK.contiguous(), weight_VK, out_dtype=torch.float32)
+        return torch.mm(x_RK, weight_VK.t(), out_dtype=torch.float32)
+    return functional.linear(x_RK, weight_VK)
+
+
+def silu_and_multiply(gate_up: Tensor) -> Tensor:
+    """silu of the first half of the columns, times the second half."""
+    if gate_up.is_cuda:
+        from kernels.silu_multiply import silu_multiply
+
+        return silu_multiply(gate_up)
+    gate, up = gate_up.chunk(2, dim=-1)
+    return functional.silu(gate).mul_(up)
+
+
+def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """On a GPU only: see `workers.layers.norm` for elsewhere."""
+    from kernels.rms_norm import rms_norm as launch
+
+    return launch(x_TD, weight_D, eps=eps)
+
+
+def add_rms_norm(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """On a GPU only."""
+    from kernels.rms_norm import add_rms_norm as launch
+
+    return launch(x_TD, residual_TD, weight_D, eps=eps)
