@@ -43,12 +43,7 @@ class QueryKeyNorm:
 
 
 class SelfAttention:
-    """Causal attention with grouped keys and values, split by heads over attn_tp.
-
-    It works on all rows of a replica. Where the plan's attention takes scattered rows, it gathers
-    them itself before the projections and scatters their sum behind the last: then nobody outside
-    has to pad a replica's rows to a multiple of its ranks, and the products see the true number.
-    """
+    """Causal attention with grouped keys and values, split by heads over attn_tp."""
 
     def __init__(
         self,
@@ -60,7 +55,7 @@ class SelfAttention:
         qk_norm: bool,
         sliding_window: int | None,
     ) -> None:
-        config, group, place = build.config, build.groups.attn_tp, build.plan.attention
+        config, group = build.config, build.groups.attn_tp
         prefix = f"model.layers.{layer}.self_attn"
         dim = config.head_dim
         query = even_share(config.num_heads, group, f"{prefix} heads")
@@ -86,26 +81,12 @@ class SelfAttention:
             f"{prefix}.o_proj",
             config.num_heads * dim,
             config.hidden_size,
-            place=Place(Rows.TP_ATTN_FULL, place.group),
+            group=group,
+            use_dp_attention_reduce=True,
             bias=out_bias,
         )
-        self._group = group
-        self._rows = place.rows
 
-    def forward(
-        self, x: Activation, rotation: Rotation, attention: Attention, split: RowSplit | None
-    ) -> Activation:
-        x_TD = x.final(self._rows)
-        if self._rows is not Rows.SCATTERED or split is None:
-            return self._attend(x_TD, rotation, attention, split)
-        whole_TD = gather_replica(x_TD, split, self._group)
-        out = self._attend(whole_TD, rotation, attention, split)
-        out_TD = out.addend(Rows.TP_ATTN_FULL, self._group)
-        return Activation(sum_to_shares(out_TD, split, self._group), self._rows)
-
-    def _attend(
-        self, x_TD: Tensor, rotation: Rotation, attention: Attention, split: RowSplit | None
-    ) -> Activation:
+    def forward(self, x_TD: Tensor, rotation: Rotation, attention: Attention) -> Tensor:
         num_rows = x_TD.shape[0]
         num_projected = self._num_rotated + self._num_kv_heads
         qkv_TND = self._qkv.forward(x_TD).view(num_rows, num_projected, self._head_dim)
@@ -115,21 +96,10 @@ class SelfAttention:
         if self._qk_norm is not None:
             qk_TND = self._qk_norm.forward(qk_TND)
         q_THD, k_TGD = rotation.apply(qk_TND).split((self._num_heads, self._num_kv_heads), dim=1)
-        num_real = num_rows if split is None else split.num_real
-        out_THD = self._read(attention, q_THD[:num_real], k_TGD[:num_real], v_TGD[:num_real])
-        if num_real < num_rows:
-            out_THD = functional.pad(out_THD, (0, 0, 0, 0, 0, num_rows - num_real))
-        return self._out.forward(out_THD.reshape(num_rows, self._num_heads * self._head_dim))
-
-    def _read(
-        self, attention: Attention, q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor
-    ) -> Tensor:
-        """Attention of the rows that are tokens; an idle replica has none."""
-        if q_THD.shape[0] == 0:
-            return q_THD
-        return attention.attend(
+        out_THD = attention.attend(
             self._layer, q_THD, k_TGD, v_TGD, scale=self._scale, sliding_window=self._window
         )
+        return self._out.forward(out_THD.reshape(num_rows, self._num_heads * self._head_dim))
 
     def _attend_projection(
         self, qkv_TND: Tensor, rotation: Rotation, attention: ProjectionAttention
