@@ -9,12 +9,21 @@ Pure: no clock, no socket. The engine sends what `next_step` returns and feeds a
 """
 
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from deployments.scheduler import Accepted, Plan, Scheduler
 from parallel.layout import Layout
-from workers.protocol import Ack, Header, Mode, Padding, digest, encode, unpack
+from workers.protocol import (
+    LEDGER_HALF,
+    Ack,
+    Header,
+    Mode,
+    Padding,
+    digest,
+    encode,
+    unpack,
+)
 
 
 class Desync(Exception):
@@ -37,6 +46,8 @@ class Step:
     told: Header
     """What `header` says."""
     sent_at: float = 0.0
+    mask_is_due: bool = False
+    """Some of its rows wait for a mask that nobody has been asked for."""
     acks: dict[int, Ack] = field(default_factory=dict)
 
 
@@ -97,6 +108,7 @@ class Domain:
         self._previous = digest(header)
         self.num_steps += 1
         step = Step(number, header, bodies, plans, self._previous, told)
+        step.mask_is_due = any(plan.masked_rows for plan in plans)
         self.under_way.append(step)
         return step
 
@@ -118,6 +130,13 @@ class Domain:
             done.append(self._agree(self.under_way.popleft()))
         return done
 
+    def take_mask_due(self) -> Step | None:
+        """The step whose masks can be computed now: all tokens before its own are known."""
+        if not self.under_way or not self.under_way[0].mask_is_due:
+            return None
+        self.under_way[0].mask_is_due = False
+        return self.under_way[0]
+
     def late_ranks(self) -> list[int]:
         """Ranks that have not acknowledged the oldest step under way."""
         if not self.under_way:
@@ -125,9 +144,10 @@ class Domain:
         return [rank for rank in self.ranks if rank not in self.under_way[0].acks]
 
     def _agree(self, step: Step) -> StepDone:
-        _same(step, list(self.ranks), "ledger", "took part in other collectives")
+        _same(step, list(self.ranks), _shared_ledger, "took part in other collectives")
         for ranks in self.replica_ranks:
-            _same(step, list(ranks), "ids", "sampled other tokens")
+            _same(step, list(ranks), _own_ledger, "took part in other collectives")
+            _same(step, list(ranks), _ids, "sampled other tokens")
         accepted: list[list[Accepted | None]] = []
         for scheduler, plan, ranks in zip(
             self.schedulers, step.plans, self.replica_ranks, strict=True
@@ -139,7 +159,10 @@ class Domain:
                     f"rank {ranks[0]} sampled {len(tokens)} tokens in step {step.number} and its "
                     f"plan has {len(plan.sampled)}",
                 )
-            accepted.append(scheduler.apply(step.number, tokens))
+            poisoned = step.acks[ranks[0]].poisoned
+            if any(row >= len(tokens) for row in poisoned):
+                raise Desync(ranks[0], f"rank {ranks[0]} reports rows that it does not have")
+            accepted.append(scheduler.apply(step.number, tokens, poisoned))
         num_bytes = len(step.header) + sum(map(len, step.bodies))
         return StepDone(
             number=step.number,
@@ -161,9 +184,23 @@ def _mode(plans: Sequence[Plan]) -> int:
     return Mode.DECODE if decodes else Mode.EXTEND if chunks else Mode.IDLE
 
 
-def _same(step: Step, ranks: list[int], what: str, sentence: str) -> None:
+def _shared_ledger(ack: Ack) -> bytes:
+    """Of the collectives that reach over attention replicas: all ranks make the same."""
+    return ack.ledger[:LEDGER_HALF]
+
+
+def _own_ledger(ack: Ack) -> bytes:
+    """Of those inside one replica, whose shapes are its own."""
+    return ack.ledger[LEDGER_HALF:]
+
+
+def _ids(ack: Ack) -> bytes:
+    return ack.ids
+
+
+def _same(step: Step, ranks: list[int], what: Callable[[Ack], bytes], sentence: str) -> None:
     """All `ranks` must report the same; the odd one out is named, or the later one of two."""
-    values = [getattr(step.acks[rank], what) for rank in ranks]
+    values = [what(step.acks[rank]) for rank in ranks]
     if values.count(values[0]) == len(values):
         return
     common = Counter(values).most_common(1)[0][0]

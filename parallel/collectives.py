@@ -1,14 +1,25 @@
 """The collectives the model needs: one function a kind, each taking the group it runs over.
 
 No function reads a global: a call site shows who is talking to whom. A group of one returns its
-input untouched, so single-GPU code is the same code. Every call is recorded in the group's
-ledger before it is made, so a rank that skips one is found by its digest.
+input untouched, so single-GPU code is the same code. Every call is judged against the contract of
+symmetric memory (`parallel.symmetric`) and recorded in the group's ledger before it is made, so a
+rank that skips one, or makes one on other memory, is found by its digest.
+
+    function               reads                       writes
+    all_reduce             x of every member           x, in place, at one offset on all ranks
+    all_gather_rows        x of every member           out: a slot of its own, never a part of x
+    reduce_scatter_rows    this rank's rows of all x   out: a slot of its own, never a part of x
+    all_to_all_rows        this rank's block of all x  out: ordinary memory, there is no kernel
+
+No collective reads or writes at an offset that depends on the rank: a gather from, or a scatter
+into, the rank's own rows of the whole would, and is refused.
 """
 
-import torch
 from torch import Tensor
 
-from parallel.groups import Group, Transport
+from parallel.arena import Role
+from parallel.groups import Call, Group, Transport
+from parallel.symmetric import Op, is_allocation_symmetric, judge, use_symmetric_memory
 
 
 def _transport(group: Group) -> Transport:
@@ -19,44 +30,124 @@ def _transport(group: Group) -> Transport:
     return group.transport
 
 
+def _enter(op: Op, group: Group, send: Tensor, receive: Tensor, note: str = "") -> Transport:
+    """Judge and record a collective that is about to be made."""
+    transport = _transport(group)
+    path, reason, places = judge(op, group, send, receive)
+    call = Call(op, group.name, send.shape, group.is_shared, path, reason or note, places)
+    group.ledger.record(call)
+    group.ledger.is_inside = True
+    return transport
+
+
 def all_reduce(x: Tensor, group: Group) -> Tensor:
     """Sum `x` over `group`, in place, and return it."""
     if group.size == 1:
         return x
-    group.ledger.record("all_reduce", group.name, x.shape)
-    _transport(group).all_reduce(x)
+    transport = _enter("all_reduce", group, x, x)
+    transport.all_reduce(x)
+    group.ledger.is_inside = False
     return x
 
 
-def all_gather_rows(x_TD: Tensor, group: Group) -> Tensor:
-    """Stack every rank's rows (T, ...) in group order: (W * T, ...). All ranks hold equal T."""
+def all_gather_rows(
+    x_TD: Tensor, group: Group, *, out: Tensor | None = None, role: Role | None = None
+) -> Tensor:
+    """Stack every rank's rows (T, ...) in group order: (W * T, ...). All ranks hold equal T.
+
+    The result is written to `out`, or to the group's slot of `role`, or to where the group's
+    gathers go.
+    """
     if group.size == 1:
         return x_TD
-    group.ledger.record("all_gather", group.name, x_TD.shape)
-    out = x_TD.new_empty(group.size * x_TD.shape[0], *x_TD.shape[1:])
-    _transport(group).all_gather(out, x_TD.contiguous())
+    x_TD, reason = _staged(x_TD.contiguous(), group, "gather_in")
+    if out is None:
+        role = role or ("global_dp" if group.is_shared else "local_dp")
+        out = _output(x_TD, group, role, (group.size * x_TD.shape[0], *x_TD.shape[1:]))
+    _refuse_overlap("all_gather", group, x_TD, out)
+    transport = _enter("all_gather", group, x_TD, out, reason)
+    transport.all_gather(out, x_TD)
+    group.ledger.is_inside = False
     return out
 
 
-def all_gather_columns(x_TD: Tensor, group: Group) -> Tensor:
+def all_gather_columns(x_TD: Tensor, group: Group, *, role: Role | None = None) -> Tensor:
     """Join every rank's columns (T, D) in group order: (T, W * D)."""
     if group.size == 1:
         return x_TD
     num_rows, num_cols = x_TD.shape
-    stacked = all_gather_rows(x_TD, group).view(group.size, num_rows, num_cols)
+    stacked = all_gather_rows(x_TD, group, role=role).view(group.size, num_rows, num_cols)
     return stacked.transpose(0, 1).reshape(num_rows, group.size * num_cols)
 
 
-def reduce_scatter_rows(x_TD: Tensor, group: Group) -> Tensor:
-    """Sum over `group` and keep this rank's block of rows: (W * T, ...) becomes (T, ...)."""
+def reduce_scatter_rows(x_TD: Tensor, group: Group, *, out: Tensor | None = None) -> Tensor:
+    """Sum over `group` and keep this rank's block of rows: (W * T, ...) becomes (T, ...).
+
+    The result is written to `out`, or to where the group's scatters go.
+    """
     if group.size == 1:
         return x_TD
-    if x_TD.shape[0] % group.size:
+    _refuse_uneven(x_TD, group)
+    x_TD, reason = _staged(x_TD.contiguous(), group, "scatter_in")
+    if out is None:
+        role: Role = "local_dp" if group.is_shared else "scattered"
+        out = _output(x_TD, group, role, (x_TD.shape[0] // group.size, *x_TD.shape[1:]))
+    _refuse_overlap("reduce_scatter", group, x_TD, out)
+    transport = _enter("reduce_scatter", group, x_TD, out, reason)
+    transport.reduce_scatter(out, x_TD)
+    group.ledger.is_inside = False
+    return out
+
+
+def all_to_all_rows(x_TD: Tensor, group: Group) -> Tensor:
+    """Send block i of the rows to rank i of `group`; the ranks' blocks for this one, in order."""
+    if group.size == 1:
+        return x_TD
+    _refuse_uneven(x_TD, group)
+    x_TD = x_TD.contiguous()
+    out = x_TD.new_empty(x_TD.shape)
+    transport = _enter("all_to_all", group, x_TD, out)
+    transport.all_to_all(out, x_TD)
+    group.ledger.is_inside = False
+    return out
+
+
+def _staged(x: Tensor, group: Group, role: Role) -> tuple[Tensor, str]:
+    """A gather's or scatter's input in its slot: copied there, and noted, if it lies elsewhere."""
+    arena = group.arena
+    if not arena.is_open or x.numel() == 0 or arena.find(x) is not None:
+        return x, ""
+    memory = use_symmetric_memory(
+        group, role, op="all_gather", disabled=not is_allocation_symmetric(group)
+    )
+    if memory is None or arena.slot_of(role, group) is None:
+        return x, ""
+    return memory.empty(x.shape, x).copy_(x), "copied"
+
+
+def _output(x: Tensor, group: Group, role: Role, shape: tuple[int, ...]) -> Tensor:
+    """Symmetric if the input is: one side alone is worth nothing."""
+    if not group.arena.is_open or group.arena.find(x) is None:
+        return x.new_empty(shape)
+    memory = use_symmetric_memory(group, role, op="all_gather")
+    return x.new_empty(shape) if memory is None else memory.empty(shape, x)
+
+
+def _refuse_uneven(x: Tensor, group: Group) -> None:
+    if x.shape[0] % group.size:
         raise ValueError(
-            f"{x_TD.shape[0]} rows do not divide over the {group.size} ranks of {group.name}; "
+            f"{x.shape[0]} rows do not divide over the {group.size} ranks of {group.name}; "
             "pad them first"
         )
-    group.ledger.record("reduce_scatter", group.name, x_TD.shape)
-    out = torch.empty_like(x_TD[: x_TD.shape[0] // group.size])
-    _transport(group).reduce_scatter(out, x_TD.contiguous())
-    return out
+
+
+def _refuse_overlap(op: Op, group: Group, send: Tensor, receive: Tensor) -> None:
+    """In place, each rank would read or write at an offset of its own."""
+    if send.numel() == 0 or send.device != receive.device:
+        return
+    first, second = sorted((send, receive), key=lambda x: x.data_ptr())
+    if first.data_ptr() + first.nbytes > second.data_ptr():
+        raise ValueError(
+            f"{op} over {group.name} was given {tuple(send.shape)} and {tuple(receive.shape)} that "
+            "overlap: in place it would work at another offset on every rank; give it its own slot"
+        )

@@ -3,19 +3,23 @@
 A `Group` names its members and carries a `Transport`; the collectives in `collectives.py` are the
 only callers of transports. There are two: torch.distributed (gloo or NCCL) for real ranks, and a
 thread world for tests that try every layout in one process. Groups with the same members share
-one transport, so a layout makes as few communicators as it can.
+one transport, so a layout makes as few communicators as it can, and memory that is symmetric on
+one of such groups is symmetric on all.
 
 `Groups` is built once a worker, from the layout, and handed down; nothing here is global.
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from parallel.arena import Arena, Block
 from parallel.layout import GROUP_NAMES, GroupName, Layout
 
 
@@ -34,27 +38,104 @@ class Transport(Protocol):
         """`out` (N, ...) becomes this rank's block of the sum of all `x` (W * N, ...)."""
         ...
 
+    def all_to_all(self, out: Tensor, x: Tensor) -> None:
+        """Block i of `out` (W * N, ...) becomes this rank's block of rank i's `x` (W * N, ...)."""
+        ...
+
+    def allocate(self, num_bytes: int, device: torch.device) -> Block:
+        """Memory that `register` can make symmetric; not collective."""
+        ...
+
+    def warm(self, device: torch.device) -> None:
+        """Make sure that the communicator is up."""
+        ...
+
+    def register(self, block: Block) -> None:
+        """Make `block` symmetric on this communicator, if its back end knows such memory."""
+        ...
+
+
+class Call(NamedTuple):
+    """One collective as the ledger keeps it."""
+
+    op: str
+    group: str
+    shape: Sequence[int]
+    is_shared: bool = False
+    """Whether it reaches over attention replicas, so that all ranks of the domain call the same."""
+    path: str = ""
+    """`symmetric`, `chosen` or `fallback`; empty where symmetric memory is off."""
+    reason: str = ""
+    """Why it is not symmetric."""
+    places: tuple[tuple[str, int], ...] = ()
+    """(slot, offset) of what it reads and what it writes."""
+
+
+PathCounts = Counter[tuple[str, str, str, str]]
+"""(group, op, path, reason) -> collectives."""
+
 
 class Ledger:
     """What collectives this rank took part in during a step, as one digest to compare.
 
-    Ranks of a group that did not call the same operations on the same shapes in the same order
-    have different ledgers: a desync is seen in the step it happens.
+    Ranks of a group that did not call the same operations on the same shapes, from the same slots
+    at the same offsets, in the same order, have different ledgers: a desync, or memory that is not
+    symmetric, is seen in the step it happens. The first half of a digest is of the collectives all
+    ranks of the domain take part in, the second of those inside one attention replica, whose
+    shapes are the replica's own.
+
+    A CUDA graph's collectives are recorded at capture: `cut` takes them out, `replay` puts them in.
     """
 
     def __init__(self) -> None:
-        self._hash = hashlib.blake2b(digest_size=16)
-        self.num_collectives = 0
+        self.counts: PathCounts = Counter()
+        """Over all steps that were taken."""
+        self.is_inside = False
+        """A collective has been begun and has not returned."""
+        self._calls: list[Call] = []
+        self._last: list[Call] | None = None
+        self._last_digest = b""
+        self._last_counts: PathCounts = Counter()
 
-    def record(self, op: str, group: str, shape: Sequence[int]) -> None:
-        self._hash.update(f"{op} {group} {tuple(shape)};".encode())
-        self.num_collectives += 1
+    @property
+    def num_collectives(self) -> int:
+        """Of the step under way."""
+        return len(self._calls)
+
+    def record(self, call: Call) -> None:
+        self._calls.append(call)
 
     def take(self) -> bytes:
-        """The step's digest; starts the next step's."""
-        taken = self._hash.digest()
-        self._hash = hashlib.blake2b(digest_size=16)
-        return taken
+        """The step's digest; starts the next step's. Steps alike cost a comparison."""
+        calls, self._calls = self._calls, []
+        if calls != self._last:
+            self._last = calls
+            shared = [call for call in calls if call.is_shared]
+            own = [call for call in calls if not call.is_shared]
+            self._last_digest = _digest(shared) + _digest(own)
+            paths = ((call.group, call.op, call.path, call.reason) for call in calls if call.path)
+            self._last_counts = Counter(paths)
+        for key, count in self._last_counts.items():
+            self.counts[key] += count
+        return self._last_digest
+
+    def cut(self) -> tuple[Call, ...]:
+        """Takes out what the step under way has recorded so far, for a graph's capture."""
+        calls, self._calls = tuple(self._calls), []
+        return calls
+
+    def replay(self, calls: Sequence[Call]) -> None:
+        """Records a captured graph's collectives, which it is about to make."""
+        self._calls.extend(calls)
+
+    def forget_last(self) -> None:
+        """As if the last collective had not been called, for planted faults."""
+        self._calls.pop()
+
+
+def _digest(calls: Sequence[Call]) -> bytes:
+    text = ";".join(f"{c.op} {c.group} {tuple(c.shape)} {c.path} {c.places}" for c in calls)
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,6 +150,12 @@ class Group:
     transport: Transport | None
     """None for a group of one, which never communicates."""
     ledger: Ledger
+    arena: Arena = field(default_factory=Arena)
+    """This rank's symmetric memory, the same for all its groups."""
+    spans_nodes: bool = False
+    """It reaches over NVLink domains, where symmetric kernels do not."""
+    is_shared: bool = False
+    """It reaches over attention replicas, whose rows may differ."""
 
     @property
     def size(self) -> int:
@@ -88,31 +175,49 @@ class Groups:
     moe_dp: Group
     dense_tp: Group
     ledger: Ledger = field(default_factory=Ledger)
+    arena: Arena = field(default_factory=Arena)
+
+    def by_name(self) -> Mapping[GroupName, Group]:
+        return {name: getattr(self, name) for name in GROUP_NAMES}
 
 
 def build_groups(
-    layout: Layout, rank: int, connect: Callable[[tuple[int, ...]], Transport | None]
+    layout: Layout,
+    rank: int,
+    connect: Callable[[tuple[int, ...]], Transport | None],
+    *,
+    arena: Arena | None = None,
 ) -> Groups:
     """The groups of global `rank`; `connect` is called once per distinct member list of its domain.
 
     Creating a communicator is collective over the domain, so every rank asks for every member list
     of its domain in the same order, its own or not; `connect` answers None where it is no member.
     """
-    domain = layout.coordinates(rank).domain
+    place = layout.coordinates(rank)
+    replica = frozenset(layout.replica_ranks(place.domain, place.attn_dp))
     transports: dict[tuple[int, ...], Transport | None] = {}
     for name in GROUP_NAMES:
         for members in layout.groups(name):
-            if layout.coordinates(members[0]).domain != domain or len(members) == 1:
+            if layout.coordinates(members[0]).domain != place.domain or len(members) == 1:
                 continue
             if members not in transports:
                 transports[members] = connect(members)
-    ledger = Ledger()
+    ledger, arena = Ledger(), arena or Arena()
 
     def group(name: GroupName) -> Group:
         members = layout.members(name, rank)
-        return Group(name, members, members.index(rank), transports.get(members), ledger)
+        return Group(
+            name,
+            members,
+            members.index(rank),
+            transports.get(members),
+            ledger,
+            arena,
+            spans_nodes=layout.spans_nodes(members),
+            is_shared=not replica.issuperset(members),
+        )
 
-    return Groups(**{name: group(name) for name in GROUP_NAMES}, ledger=ledger)
+    return Groups(**{name: group(name) for name in GROUP_NAMES}, ledger=ledger, arena=arena)
 
 
 def single_rank_groups() -> Groups:
@@ -134,6 +239,31 @@ class TorchTransport:
 
     def reduce_scatter(self, out: Tensor, x: Tensor) -> None:
         _reduce_scatter(out, x, group=self.process_group)
+
+    def all_to_all(self, out: Tensor, x: Tensor) -> None:
+        dist.all_to_all_single(out, x, group=self.process_group)
+
+    def allocate(self, num_bytes: int, device: torch.device) -> Block:
+        """On a GPU from NCCL's allocator, in a pool of its own; nothing else is ever put there."""
+        if device.type != "cuda":
+            return Block(torch.empty(num_bytes, dtype=torch.uint8))
+        backend = self.process_group._get_backend(device)
+        pool = torch.cuda.MemPool(backend.mem_allocator)  # pyright: ignore[reportAttributeAccessIssue]
+        with torch.cuda.use_mem_pool(pool, device=device):
+            return Block(torch.empty(num_bytes, dtype=torch.uint8, device=device), pool)
+
+    def warm(self, device: torch.device) -> None:
+        """NCCL opens a communicator at its first collective."""
+        dist.all_reduce(torch.zeros(1, device=device), group=self.process_group)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    def register(self, block: Block) -> None:
+        """NOTE: what the pool hands out later would be registered too, at once and collectively:
+        the way peers hang. So nothing is taken from it but the arena."""
+        if block.pool is not None:
+            backend = self.process_group._get_backend(block.bytes_N.device)
+            backend.register_mem_pool(block.pool, symm=True)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 # torch 2.13 renamed these two and warns of the old names; 2.11 has only those.

@@ -21,6 +21,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from parallel.arena import Block
 from parallel.groups import Groups, build_groups
 from parallel.layout import Layout
 
@@ -112,6 +113,21 @@ class ThreadTransport:
             return _sum([block.chunk(len(inputs))[self._place] for block in inputs])
 
         out.copy_(self._meeting.exchange(self._place, _Offer("reduce_scatter", x), my_block))
+
+    def all_to_all(self, out: Tensor, x: Tensor) -> None:
+        def my_blocks(inputs: list[Tensor]) -> Tensor:
+            return torch.cat([block.chunk(len(inputs))[self._place] for block in inputs])
+
+        out.copy_(self._meeting.exchange(self._place, _Offer("all_to_all", x), my_blocks))
+
+    def allocate(self, num_bytes: int, device: torch.device) -> Block:
+        return Block(torch.empty(num_bytes, dtype=torch.uint8, device=device))
+
+    def warm(self, device: torch.device) -> None:
+        self.all_reduce(torch.zeros(1, device=device))
+
+    def register(self, block: Block) -> None:
+        """Ordinary memory is as good as any between threads; only the books are kept."""
 
 
 def _sum(inputs: list[Tensor]) -> Tensor:

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-NOT_COPIED = (".git", ".venv", "__pycache__", ".*_cache", ".hypothesis", "*.egg-info", "build")
+NOT_COPIED = (".git", ".*venv", "__pycache__", ".*_cache", ".hypothesis", "*.egg-info", "build")
 TIME_LIMIT_S = 600.0
 GREEN, RED, NOTHING_RAN = 0, 1, 5
 """Exit codes of pytest."""

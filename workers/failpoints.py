@@ -10,9 +10,11 @@ import time
 from collections.abc import Iterable
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from parallel.arena import Block
 from parallel.groups import Transport
 from workers.config import Failpoint
 
@@ -88,3 +90,16 @@ class Skipping:
     def reduce_scatter(self, out: Tensor, x: Tensor) -> None:
         if not self._failpoints.skips_a_collective():
             self._inner.reduce_scatter(out, x)
+
+    def all_to_all(self, out: Tensor, x: Tensor) -> None:
+        if not self._failpoints.skips_a_collective():
+            self._inner.all_to_all(out, x)
+
+    def allocate(self, num_bytes: int, device: torch.device) -> Block:
+        return self._inner.allocate(num_bytes, device)
+
+    def warm(self, device: torch.device) -> None:
+        self._inner.warm(device)
+
+    def register(self, block: Block) -> None:
+        self._inner.register(block)

@@ -40,7 +40,7 @@ import numpy as np
 from msgspec import Meta, Struct
 from numpy.typing import NDArray
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 """Raised whenever a struct changes; a worker of another version is refused at `Hello`."""
 
 MAX_MESSAGE_BYTES = 64 * 2**20
@@ -50,6 +50,9 @@ STEP, MESSAGE, ECHO, MASK = b"s", b"m", b"b", b"k"
 """First frame of what a driver sends."""
 
 MAX_LOGPROBS = 20
+
+LEDGER_HALF = 16
+"""Bytes of a ledger's digest that all ranks of a domain share; the rest is the replica's own."""
 
 Natural = Annotated[int, Meta(ge=0)]
 Unsigned64 = Annotated[int, Meta(ge=0, le=2**63 - 1)]
@@ -261,7 +264,10 @@ class Ack(Message, tag="ack"):
     ids: bytes
     """`digest` of the tokens it sampled (int32 bytes); the same on all ranks of a replica."""
     ledger: bytes
-    """Digest of the collectives it took part in: (op, group, shape) in order."""
+    """Digests of the collectives it took part in: (op, group, shape, path, slots) in order.
+
+    The first `LEDGER_HALF` bytes are of those that all ranks of the domain take part in.
+    """
     seconds: float
     """From the first look at the step to its tokens."""
     tokens: bytes = b""
@@ -272,6 +278,8 @@ class Ack(Message, tag="ack"):
     """(slot, position of the first, log-probabilities of the prompt tokens this step read)."""
     poisoned: tuple[int, ...] = ()
     """Logit rows whose logits are not numbers: their tokens mean nothing. From the first rank."""
+    collectives: tuple[tuple[str, str, str, str, int], ...] = ()
+    """Now and then, with symmetric memory: (group, op, path, reason, how many since the start)."""
 
 
 class Beat(Message, tag="beat"):
@@ -280,6 +288,8 @@ class Beat(Message, tag="beat"):
     epoch: Natural
     rank: Natural
     step: Natural
+    in_collective: bool = False
+    """The main thread waits for its peers in a collective."""
 
 
 class Failed(Message, tag="failed"):

@@ -9,7 +9,7 @@ from parallel.collectives import (
     all_reduce,
     reduce_scatter_rows,
 )
-from parallel.groups import Group, Ledger, build_groups, single_rank_groups
+from parallel.groups import Call, Group, Ledger, build_groups, single_rank_groups
 from parallel.layout import GROUP_NAMES, Layout
 from parallel.thread_world import run_thread_world
 
@@ -101,15 +101,15 @@ def test_ledgers_of_ranks_that_did_the_same_are_equal():
 def test_ledgers_tell_apart(calls):
     expected, ledger = Ledger(), Ledger()
     for call in [("all_gather", "tp", (1, 3)), ("all_reduce", "tp", (2, 3))]:
-        expected.record(*call)
+        expected.record(Call(*call))
     for call in calls:
-        ledger.record(*call)
+        ledger.record(Call(*call))
     assert ledger.take() != expected.take()
 
 
 def test_a_ledger_starts_afresh_each_step():
     ledger = Ledger()
-    ledger.record("all_reduce", "tp", (1,))
+    ledger.record(Call("all_reduce", "tp", (1,)))
     first = ledger.take()
-    ledger.record("all_reduce", "tp", (1,))
+    ledger.record(Call("all_reduce", "tp", (1,)))
     assert ledger.take() == first

@@ -163,7 +163,7 @@ def test_an_idle_body_samples_nothing():
     result = run_body(new_runner(), Body(), 0, 0)
     assert (result.ids.tolist(), result.logprobs, result.poisoned_rows) == ([], (), ())
     assert result.ids.dtype.name == "int32"
-    assert len(result.ledger) == 16
+    assert len(result.ledger) == 32
 
 
 def test_a_header_that_counts_other_rows_is_refused():
