@@ -54,9 +54,8 @@ log = logging.getLogger("lockstep.engine")
 MAX_QUEUED = 10_000
 """Messages an ingress may be behind before it loses its connection."""
 
-RESTART_BUDGET = 5
 RESTART_WINDOW_S = 600.0
-"""More than `RESTART_BUDGET` epochs lost within this time and the engine gives up: whoever watches
+"""More than `max_restarts` epochs lost within this time and the engine gives up: whoever watches
 it (Serve, Kubernetes) starts it on fresh ground."""
 
 
@@ -348,7 +347,7 @@ class Engine:
         self._losses.append(now)
         if not was_ready and self.counters.num_steps == 0:
             self._hopeless = str(failure)  # it has never served: trying again would not help
-        elif self._losses_within(now) > RESTART_BUDGET:
+        elif self._losses_within(now) > self.config.max_restarts:
             self._hopeless = (
                 f"{len(self._losses)} epochs were lost within {RESTART_WINDOW_S:.0f} s, "
                 f"the last one because: {failure}"

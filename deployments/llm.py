@@ -116,7 +116,8 @@ class LLM:
             raise
         info = self._engine.info()
         self.max_model_len, self.vocab_size = info.max_model_len, info.vocab_size
-        self._stop_token_ids, self._epoch = info.stop_token_ids, info.epoch
+        self.stop_token_ids = info.stop_token_ids
+        self._epoch = info.epoch
         self._beat_ms = info.beat_ms
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
@@ -198,7 +199,7 @@ class LLM:
     def _sampling(self, params: SamplingParams) -> Sampling:
         """Fixed once a request, so that a request sent again draws the same tokens."""
         seed = secrets.randbits(63) if params.seed is None else params.seed
-        return params.sampling(self._stop_token_ids, seed)
+        return params.sampling(self.stop_token_ids, seed)
 
     def _submit(self, request: int, reader: "_Reader") -> None:
         answer, sampling = reader.answer, reader.sampling

@@ -62,6 +62,8 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """A step without all acks for so long is a hang: the late ranks are named and the gang restarts."""
     start_timeout_s: float = 1800.0
     """Longest time from starting the ranks to their being ready."""
+    max_restarts: int = 5
+    """Times the ranks may be lost within ten minutes before the engine gives up for good."""
     beat_ms: int = 250
     """Heartbeat period between workers, driver and ingress; eight missed beats are a death."""
 

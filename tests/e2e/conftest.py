@@ -23,7 +23,14 @@ def free_port():
 
 @pytest.fixture(scope="session")
 def cluster():
-    """A single-node Ray with Serve behind HAProxy on a free port; gone after the last test."""
+    """The URL of Serve on a cluster that all tests share."""
+    with ray_and_serve() as url:
+        yield url
+
+
+@contextlib.contextmanager
+def ray_and_serve():
+    """A single-node Ray with Serve behind HAProxy on a free port; nothing of it is left behind."""
     os.environ["RAY_SERVE_HAPROXY_METRICS_PORT"] = str(free_port())
     os.environ["RAY_SERVE_HAPROXY_STATS_PORT"] = str(free_port())
     import ray
