@@ -19,6 +19,7 @@ from typing import Literal
 from msgspec import Struct
 
 from parallel.layout import Layout
+from parallel.plan import PlanSettings
 
 
 class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -30,6 +31,22 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """Ranks a replica's weights are split over."""
     dp_size: int = 1
     """Data-parallel replicas, each with its own requests and pages."""
+    enable_dp_attention: bool = False
+    """Split the tp_size ranks into dp_size attention replicas that share the MLPs and experts; without it dp_size whole copies run side by side."""
+    ep_size: int = 1
+    """Ranks the experts are spread over, whole ones on each; divides tp_size, the rest splits every expert."""
+    moe_dp_size: int = 1
+    """Copies of the experts, each used by its own share of the ranks (with moe_a2a_backend=torch)."""
+    moe_dense_tp_size: int | None = None
+    """Ranks a dense layer is split over: unset or tp_size all, 1 none, or the attention-TP size (tp_size / dp_size)."""
+    moe_a2a_backend: Literal["none", "torch"] = "none"
+    """How rows reach their experts: none gathers all rows on all ranks, torch sends each to its experts' ranks."""
+    enable_dp_lm_head: bool = False
+    """Split the head within each attention replica instead of over all ranks: no logits between replicas, more memory."""
+    disable_attn_tp_gather: bool = False
+    """Let attention gather and scatter rows itself, so that a replica's rows are never padded to its ranks; for models that can."""
+    attn_cp_size: int = 1
+    """Ranks a prompt is split over within a replica (context parallel); 1 for now."""
     page_size: int = 16
     """Tokens in a page of the key-value cache."""
     max_num_seqs: int = 256
@@ -46,6 +63,12 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """Share of a GPU's memory for weights, cache and workspaces together."""
     enable_prefix_caching: bool = True
     """Let requests share the pages of equal beginnings."""
+    enable_symm_mem: bool = False
+    """Keep what collectives read and write in memory that NCCL's symmetric kernels can use."""
+    symm_mem_prealloc_gb: float = 4.0
+    """Most that each rank may set aside for that, in GiB, out of its share of the GPU's memory."""
+    symm_mem_strict: bool = False
+    """End the step, instead of counting it, when a collective's memory is not symmetric."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of weights and activations; auto is the checkpoint's on a GPU and float32 on a CPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -87,6 +110,10 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             )
         if self.kv_cache_gb is not None and self.kv_cache_gb <= 0:
             raise ValueError(f"kv_cache_gb={self.kv_cache_gb} must be above 0")
+        if self.symm_mem_prealloc_gb <= 0:
+            raise ValueError(f"symm_mem_prealloc_gb={self.symm_mem_prealloc_gb} must be above 0")
+        if self.symm_mem_strict and not self.enable_symm_mem:
+            raise ValueError("symm_mem_strict watches over symmetric memory: set enable_symm_mem too")
         for name in ("step_timeout_s", "start_timeout_s"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0")
@@ -98,7 +125,24 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     @property
     def layout(self) -> Layout:
-        return Layout(tp_size=self.tp_size, dp_size=self.dp_size)
+        return Layout(
+            tp_size=self.tp_size,
+            dp_size=self.dp_size,
+            enable_dp_attention=self.enable_dp_attention,
+            attn_cp_size=self.attn_cp_size,
+            ep_size=self.ep_size,
+            moe_dp_size=self.moe_dp_size,
+            moe_dense_tp_size=self.moe_dense_tp_size,
+        )
+
+    @property
+    def plan_settings(self) -> PlanSettings:
+        """What the collective plan depends on beside the layout."""
+        return PlanSettings(
+            enable_dp_lm_head=self.enable_dp_lm_head,
+            moe_a2a_backend=self.moe_a2a_backend,
+            disable_attn_tp_gather=self.disable_attn_tp_gather,
+        )
 
     @property
     def ranks_per_node(self) -> int:
