@@ -26,7 +26,13 @@ import zmq
 from msgspec import Struct
 
 from deployments.counting import Outcome, RequestCounts
-from deployments.errors import EngineUnavailable, Overloaded, RequestError, ServiceError
+from deployments.errors import (
+    EngineUnavailable,
+    GenerationFailed,
+    Overloaded,
+    RequestError,
+    ServiceError,
+)
 from deployments.messages import (
     FINISH_LENGTH,
     FINISH_STOP,
@@ -35,7 +41,9 @@ from deployments.messages import (
     EngineInfo,
     Finish,
     FromIngress,
+    Grammar,
     Refused,
+    RequestFailed,
     Submit,
     Tokens,
     decode_to_ingress,
@@ -66,6 +74,7 @@ class GenerateSpec(Struct, frozen=True, kw_only=True):
     stop_token_ids: tuple[int, ...]
     sampling: Sampling
     salt: str = ""
+    grammar: Grammar | None = None
 
     @property
     def num_prompt(self) -> int:
@@ -404,6 +413,7 @@ class DriverClient:
                 stop_token_ids=spec.stop_token_ids,
                 sampling=spec.sampling,
                 salt=spec.salt,
+                grammar=spec.grammar,
             )
         )
 
@@ -477,6 +487,8 @@ class DriverClient:
                 self._on_beat(message)
             case Refused():
                 self._on_refused(message)
+            case RequestFailed():
+                self._on_failed(message)
 
     def _on_beat(self, beat: DriverBeat) -> None:
         self._last_beat = self._now()
@@ -501,6 +513,12 @@ class DriverClient:
             generation.waiting_since = generation.waiting_since or self._now()
             return  # a stream that has begun waits for room; the next tick asks again
         generation.group.fail(_refusal(refused))
+
+    def _on_failed(self, failed: RequestFailed) -> None:
+        generation = self._generations.get(failed.request)
+        if generation is not None:
+            generation.submitted = False
+            generation.group.fail(GenerationFailed(failed.code))
 
     def _on_tokens(self, message: Tokens) -> None:
         if message.epoch != self._epoch or not (

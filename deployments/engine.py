@@ -17,6 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 
 import zmq
 from msgspec import Struct
@@ -25,7 +26,9 @@ from deployments.counters import Counters
 from deployments.counting import Accounts
 from deployments.domain import StepDone
 from deployments.fleet import Fleet
-from deployments.gang import MISSED_BEATS, Cause, Gang, GangFailed
+from deployments.gang import MISSED_BEATS, Cause, Gang, GangFailed, MaskDue, Model
+from deployments.grammar import GrammarRefused, Matcher, Vocabulary
+from deployments.grammars import Grammars, Masks, Opened
 from deployments.ingress_link import Ingress, IngressLink
 from deployments.messages import (
     Cancel,
@@ -33,18 +36,21 @@ from deployments.messages import (
     EngineInfo,
     Finish,
     FromIngress,
+    Grammar,
     IngressBeat,
     Refused,
+    RequestFailed,
     Submit,
     ToIngress,
     Tokens,
 )
 from deployments.pages import page_names
+from deployments.requests import GRAMMAR_ERROR, Request
 from deployments.requests import Finish as FinishReason
-from deployments.requests import Request
 from deployments.scheduler import RequestTooLarge, Scheduler, route
 from deployments.sockets import CurveKeys, Gate, IpcFolder, bind_router
 from deployments.worker_link import LinkFull, WorkerLink
+from workers import bundled
 from workers.config import EngineConfig, Environment
 from workers.protocol import Hello, TokenLogprobs, unpack
 from workers.spec import read_failpoints
@@ -118,6 +124,11 @@ class Engine:
         self._gang: Gang | None = None
         self._link: WorkerLink | None = None
         self._requests: dict[tuple[bytes, int], tuple[Request, Scheduler]] = {}
+        self._grammars = Grammars(self._load_vocabulary)
+        self._opening: dict[tuple[bytes, int], tuple[Request, Grammar]] = {}
+        """Requests whose grammar is being compiled."""
+        self._model: Model | None = None
+        """As it was found when the first epoch began to serve."""
         self._num_arrivals = 0
         self._epoch = 0
         self._lost_at: float | None = None
@@ -255,6 +266,7 @@ class Engine:
     def _poll(self) -> None:
         poller = zmq.Poller()
         poller.register(self._ingresses.socket, zmq.POLLIN)
+        poller.register(self._grammars.wake, zmq.POLLIN)
         if self._launching is None:
             poller.register(self.fleet.wake, zmq.POLLIN)
         if self._link is not None:
@@ -282,7 +294,11 @@ class Engine:
         gang.check(now)
         if gang.serving and not self._ready.is_set():
             self._on_serving(now)
+        self._take_grammars(gang)
+        self._ask_masks(gang)  # first, so that they are computed while the next step is planned
         gang.pump(now)
+        self._ask_masks(gang)
+        self._tell_failed()
 
     # Epochs
 
@@ -319,6 +335,7 @@ class Engine:
 
     def _on_serving(self, now: float) -> None:
         self._reason = ""
+        self._model = self._model or (self._gang.model if self._gang else None)
         self._losses_within(now)
         if self._lost_at is not None:
             self.counters.recovered(self._loss_cause, now - self._lost_at)
@@ -338,6 +355,8 @@ class Engine:
         log.error("epoch %d is over: %s", self._epoch, failure)
         self._on_progress(str(failure))
         self._requests.clear()
+        self._opening.clear()
+        self._grammars.forget_tickets()
         self.counters.losses[failure.cause] += 1
         self.counters.num_preemptions = self.num_preemptions
         self._gang = None
@@ -368,6 +387,7 @@ class Engine:
                 self._gang.stop()
         self._executor.submit(self.fleet.stop).result()
         self._executor.shutdown()
+        self._grammars.close()
         if self._link is not None:
             self._link.close()
         self._ingress_socket.close()
@@ -402,13 +422,22 @@ class Engine:
             stop_token_ids=frozenset(submit.stop_token_ids),
             sampling=submit.sampling,
             salt=submit.salt,
-            arrival=self._num_arrivals,
             queued_at=time.monotonic(),
         )
         refusal = self._refusal(request, gang)
         if refusal is not None:
             self._send(ingress.identity, refusal)
-            return
+        elif submit.grammar is None:
+            self._add(request, gang)
+        else:
+            self._opening[key] = request, submit.grammar
+            opened = self._grammars.open(key, submit.grammar)
+            if opened is not None:
+                self._on_opened(opened, gang)
+
+    def _add(self, request: Request, gang: Gang) -> None:
+        """Give a request to a replica."""
+        identity, number = request.key
         schedulers = gang.schedulers
         page_size = self.config.page_size
         chosen = route(
@@ -416,22 +445,22 @@ class Engine:
             len(request.tokens),
             lambda: page_names(request.tokens, page_size=page_size, salt=request.salt),
         )
+        request.arrival = self._num_arrivals
         try:
             schedulers[chosen].add(request)
         except RequestTooLarge as error:
             self._send(
-                ingress.identity,
-                Refused(submit.request, 400, str(error), "max_tokens", "context_length_exceeded"),
+                identity, Refused(number, 400, str(error), "max_tokens", "context_length_exceeded")
             )
             return
         self._num_arrivals += 1
-        self._requests[key] = (request, schedulers[chosen])
+        self._requests[request.key] = (request, schedulers[chosen])
 
     def _refusal(self, request: Request, gang: Gang) -> Refused | None:
         """The driver's own guard, whatever the ingress has checked already."""
         number = request.key[1]
         model = gang.model
-        if model is None or request.key in self._requests:
+        if model is None or request.key in self._requests or request.key in self._opening:
             return Refused(number, 400, "this request is already running", "request")
         if request.num_prompt > len(request.tokens):
             return Refused(number, 400, "the prompt is longer than the tokens sent", "prompt")
@@ -454,6 +483,7 @@ class Engine:
 
     def _end(self, identity: bytes, number: int, finish: FinishReason) -> None:
         """The client is gone, or has all it wants: no later plan names the request."""
+        self._opening.pop((identity, number), None)
         found = self._requests.pop((identity, number), None)
         if found is None:
             return
@@ -480,8 +510,83 @@ class Engine:
         self._cancel_all_of(identity)
 
     def _cancel_all_of(self, identity: bytes) -> None:
-        for owner, number in [key for key in self._requests if key[0] == identity]:
+        asked = [*self._requests, *self._opening]
+        for owner, number in [key for key in asked if key[0] == identity]:
             self._end(owner, number, FinishReason.CANCELLED)
+
+    # Grammars
+
+    def _load_vocabulary(self) -> Vocabulary:
+        """Of the served model; called in another thread."""
+        folder = Path(self.config.model) if self.config.model else bundled.path()
+        model = self._model
+        if model is None:
+            raise GrammarRefused("the model is not there yet")
+        return Vocabulary.load(folder, model.vocab_size, model.stop_token_ids)
+
+    def _take_grammars(self, gang: Gang) -> None:
+        """What the grammars' threads have done: requests that can begin, masks that can go."""
+        all_opened, all_masks = self._grammars.results()
+        for opened in all_opened:
+            self._on_opened(opened, gang)
+        for masks in all_masks:
+            due = masks.ticket
+            if isinstance(due, MaskDue) and due.epoch == gang.epoch:
+                self._on_masks(due, masks, gang)
+
+    def _on_opened(self, opened: Opened, gang: Gang) -> None:
+        found = self._opening.pop(opened.ticket, None)
+        if found is None:
+            return
+        request, grammar = found
+        identity, number = request.key
+        if opened.matcher is None:
+            field = grammar.field or "grammar"
+            sentence = f"'{field}' cannot be used: {opened.reason}."
+            self._send(identity, Refused(number, 400, sentence, field, "invalid_grammar"))
+        elif not opened.matcher.accept_all(request.tokens[request.num_prompt :]):
+            self._send(identity, RequestFailed(number, GRAMMAR_ERROR))
+        else:
+            request.matcher = opened.matcher
+            self._add(request, gang)
+
+    def _ask_masks(self, gang: Gang) -> None:
+        for due in gang.masks_due():
+            sampled = due.plan.sampled
+            rows = [self._matcher_of(sampled[row]) for row in due.plan.masked_rows]
+            self._grammars.ask(Masks(due, self._vocab_size, rows))
+
+    def _matcher_of(self, request: Request) -> tuple[Matcher, frozenset[int]] | None:
+        """With the ids that must not end it yet; None once it has ended and its token is lost."""
+        if request.matcher is None or request.finish is not None or self._model is None:
+            return None
+        ends = frozenset(self._model.stop_token_ids)
+        if request.num_output >= request.sampling.min_tokens:
+            ends -= request.stop_token_ids
+        return request.matcher, ends
+
+    @property
+    def _vocab_size(self) -> int:
+        return self._model.vocab_size if self._model is not None else 0
+
+    def _on_masks(self, due: MaskDue, masks: Masks, gang: Gang) -> None:
+        gang.send_mask(due, b"".join(masks.bits))
+        sampled = due.plan.sampled
+        domain = gang.domains[due.domain]
+        for place in masks.failed:
+            request = sampled[due.plan.masked_rows[place]]
+            domain.schedulers[due.replica].fail(request, GRAMMAR_ERROR)
+
+    def _tell_failed(self) -> None:
+        """Requests that ended for a fault of ours, each alone."""
+        for scheduler in self._schedulers():
+            failed, scheduler.failed = scheduler.failed, []
+            for request in failed:
+                identity, number = request.key
+                log.warning("request %d ended: %s", number, request.failure)
+                self._requests.pop(request.key, None)
+                self._count(request)
+                self._send(identity, RequestFailed(number, request.failure))
 
     # Tokens
 

@@ -8,6 +8,7 @@
     │   ├── RequestTimeout        body did not come in time  -> 408
     │   ├── TooLarge              body over the limit        -> 413
     │   └── UnsupportedMediaType  body that is not JSON      -> 415
+    ├── GenerationFailed          the model, not the engine  -> 500
     ├── Overloaded                try again soon             -> 429
     ├── EngineUnavailable         starting or restarting     -> 503
     └── ClusterError              an operator can fix it     -> 503
@@ -129,6 +130,21 @@ class UnsupportedMediaType(RequestError):
             "The request body must be JSON: send the header 'Content-Type: application/json'.",
             code="unsupported_media_type",
         )
+
+
+class GenerationFailed(ServiceError):
+    """One generation went wrong and the engine goes on; `code` says how."""
+
+    def __init__(self, code: str) -> None:
+        super().__init__(code)
+        self.code = code
+
+    def public_message(self) -> str:
+        if self.code == "numerical_error":
+            return "The model computed something for this request that is not a number."
+        if self.code == "grammar_error":
+            return "The request's grammar could not be followed to its end: simplify it."
+        return super().public_message()
 
 
 class Overloaded(ServiceError):

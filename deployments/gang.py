@@ -11,9 +11,10 @@ Time comes in as `now` (seconds, monotonic), messages go out through `send`: tes
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 from deployments.domain import Desync, Domain, StepDone
-from deployments.scheduler import Scheduler
+from deployments.scheduler import Plan, Scheduler
 from workers.config import EngineConfig
 from workers.protocol import (
     PROTOCOL_VERSION,
@@ -22,6 +23,7 @@ from workers.protocol import (
     Failed,
     FromWorker,
     Hello,
+    Mask,
     Progress,
     Ready,
     Serve,
@@ -29,6 +31,7 @@ from workers.protocol import (
     Started,
     Stop,
     encode,
+    pack,
 )
 
 MISSED_BEATS = 8
@@ -76,6 +79,16 @@ class Model:
     stop_token_ids: tuple[int, ...]
     num_pages: int
     """Pages of each replica."""
+
+
+class MaskDue(NamedTuple):
+    """A replica's step that waits for a mask."""
+
+    epoch: int
+    domain: int
+    step: int
+    replica: int
+    plan: Plan
 
 
 class Gang:
@@ -144,6 +157,25 @@ class Gang:
                 for body, ranks in zip(step.bodies, domain.replica_ranks, strict=True):
                     for rank in ranks:
                         self._send(rank, b"s", step.header, body)
+
+    def masks_due(self) -> list[MaskDue]:
+        """Rows whose masks can be computed now; each is said once."""
+        steps = [(domain, domain.take_mask_due()) for domain in self.domains]
+        return [
+            MaskDue(self.epoch, domain.index, step.number, replica, plan)
+            for domain, step in steps
+            if step is not None
+            for replica, plan in enumerate(step.plans)
+            if plan.masked_rows
+        ]
+
+    def send_mask(self, due: MaskDue, bits: bytes) -> None:
+        """The step's rows may sample now; nothing happens if its epoch is over."""
+        if due.epoch != self.epoch:
+            return
+        mask = encode(Mask(due.epoch, due.step, pack(due.plan.masked_rows), bits))
+        for rank in self.domains[due.domain].replica_ranks[due.replica]:
+            self._send(rank, b"k", mask)
 
     def check(self, now: float) -> None:
         """Raise `GangFailed` if a rank has been silent or a step under way for too long."""

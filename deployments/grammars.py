@@ -14,9 +14,10 @@ import os
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from queue import SimpleQueue
+from typing import Any
 
 from deployments.grammar import (
     GrammarFailed,
@@ -50,9 +51,9 @@ STACK_BYTES = 64 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """An `open` has been decided."""
+    """An `open` has been decided. The ticket is the caller's."""
 
-    ticket: Hashable
+    ticket: Any
     matcher: Matcher | None
     """At the beginning of the grammar, the caller's own; None if it is refused."""
     reason: str = ""
@@ -62,7 +63,7 @@ class Opened:
 class Masks:
     """The masks of one replica's rows in one step; `None` where a row is unlimited."""
 
-    ticket: Hashable
+    ticket: Any
     vocab_size: int
     matchers: Sequence[tuple[Matcher, frozenset[int]] | None]
     """Of each row, with the end-of-sequence ids that must not come yet."""
@@ -83,7 +84,7 @@ class Grammars:
         self._counting = threading.Lock()
         self._known: OrderedDict[tuple[str, str], Matcher] = OrderedDict()
         self._num_chars = 0
-        self._opening: dict[tuple[str, str], list[Hashable]] = {}
+        self._opening: dict[tuple[str, str], list[Any]] = {}
         self._compiled: deque[tuple[tuple[str, str], Matcher | str]] = deque()
         self._masks: deque[Masks] = deque()
         self._compilers = _Threads("lockstep-compile", NUM_COMPILERS)
@@ -94,7 +95,7 @@ class Grammars:
         self.wake = os.eventfd(0, os.EFD_NONBLOCK)
         """For the loop's poller."""
 
-    def open(self, ticket: Hashable, grammar: Grammar) -> Opened | None:
+    def open(self, ticket: Any, grammar: Grammar) -> Opened | None:
         """The grammar's matcher if it is known; None: `results` will name the ticket."""
         key = (grammar.kind, grammar.text)
         known = self._known.get(key)

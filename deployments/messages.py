@@ -127,6 +127,14 @@ class Refused(Message, frozen=True, tag="refused"):
     code: str | None = None
 
 
+class RequestFailed(Message, frozen=True, tag="failed"):
+    """A request that ran has ended for a fault that is not its own; it is not tried again."""
+
+    request: Natural
+    code: str
+    """`numerical_error` or `grammar_error`."""
+
+
 class DriverBeat(Message, frozen=True, tag="beat"):
     """Every `beat_ms`, and at once when anything in it changes."""
 
@@ -138,7 +146,7 @@ class DriverBeat(Message, frozen=True, tag="beat"):
 
 
 FromIngress = Submit | Cancel | Finish | IngressBeat
-ToIngress = Tokens | Refused | DriverBeat
+ToIngress = Tokens | Refused | RequestFailed | DriverBeat
 
 decode_from_ingress = msgspec.msgpack.Decoder(FromIngress).decode
 decode_to_ingress = msgspec.msgpack.Decoder(ToIngress).decode

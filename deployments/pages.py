@@ -121,6 +121,14 @@ class PagePool:
             self._by_name[name] = page
             self._names[page] = name
 
+    def forget(self, pages: Iterable[int]) -> None:
+        """Nobody finds these held pages any more: what is in them is wrong."""
+        for page in pages:
+            name = self._names[page]
+            if name is not None:
+                del self._by_name[name]
+                self._names[page] = None
+
     def forget_all(self) -> None:
         """Drop every name; the pages' contents are void."""
         self._by_name.clear()

@@ -9,7 +9,11 @@ request's length at the end of all plans is `len(tokens) + num_inflight`.
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from deployments.grammar import Matcher
 from workers.protocol import Sampling
+
+NUMERICAL_ERROR, GRAMMAR_ERROR = "numerical_error", "grammar_error"
+"""What a request may end of that is no fault of its own."""
 
 
 class Finish(StrEnum):
@@ -38,7 +42,12 @@ class Request:
     queued_at: float | None = None
     """When it began to wait, until its first step is done; for metrics."""
 
+    matcher: Matcher | None = None
+    """Where it is in its grammar, if it has one: after all of its output tokens."""
+
     finish: Finish | None = None
+    failure: str = ""
+    """What went wrong, with `Finish.ERROR`."""
     slot: int = -1
     """-1 while waiting."""
     pages: list[int] = field(default_factory=list)

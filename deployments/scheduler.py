@@ -12,6 +12,8 @@ accepted tokens out. It waits for nothing, logs nothing and knows no clock, no s
   the decodes of this step and of the next are made sure of beforehand, because a preempted
   request's pages come back one step late.
 - A slot or page is used again only in a plan made after the last step naming it was acked.
+- A request with a grammar is planned like any other. Its matcher reads each accepted token, ends
+  the request where nothing may follow, and goes with it through preemptions.
 """
 
 import heapq
@@ -19,8 +21,9 @@ from bisect import insort
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from deployments.grammar import State
 from deployments.pages import PagePool, page_name
-from deployments.requests import Finish, Request
+from deployments.requests import GRAMMAR_ERROR, NUMERICAL_ERROR, Finish, Request
 from workers.protocol import Admit, Body, pack
 
 
@@ -57,6 +60,8 @@ class Plan:
     decodes: list[Request]
     chunks: list[Chunk]
     preempted: list[Request] = field(default_factory=list)
+    masked_rows: list[int] = field(default_factory=list)
+    """Logit rows of requests with a grammar."""
 
     @property
     def num_rows(self) -> int:
@@ -92,6 +97,9 @@ class Scheduler:
         self.decoding: list[Request] = []
         self.retiring: list[Request] = []
         """Out of all plans to come; their slots and pages return when their last step is acked."""
+        self.failed: list[Request] = []
+        """Ended by `fail`; whoever tells their owners takes them out."""
+        self._has_grammars = False
         self._free_slots = list(range(max_num_seqs))
         self._leaves: list[int] = []
         self._plans: dict[int, Plan] = {}
@@ -112,6 +120,7 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         self.check_fits(request.num_prompt, request.max_tokens)
+        self._has_grammars |= request.matcher is not None
         insort(self.waiting, request, key=_by_arrival)
 
     def cancel(self, request: Request, finish: Finish = Finish.CANCELLED) -> None:
@@ -120,6 +129,14 @@ class Scheduler:
             return
         self._finish(request, finish)
         self._release(self._last_applied)  # no step may come whose results would do it
+
+    def fail(self, request: Request, failure: str) -> None:
+        """End a request for a fault of ours; what it computed is not for others to find."""
+        self.pool.forget(request.pages)
+        request.failure = failure
+        if request.finish is None:
+            self._finish(request, Finish.ERROR)
+            self.failed.append(request)
 
     @property
     def num_running(self) -> int:
@@ -196,6 +213,7 @@ class Scheduler:
                 insort(self.decoding, chunk.request, key=_by_slot)
                 if chunk.request.num_left == 0:
                     self._leave(chunk.request)
+        masked_rows = _masked_rows(decodes, chunks) if self._has_grammars else []
         body = Body(
             leaves=pack(leaves),
             admits=tuple(admits),
@@ -203,17 +221,25 @@ class Scheduler:
             grow_pages=pack(grow_pages),
             chunk_slots=pack([chunk.slot for chunk in chunks]),
             chunk_lengths=pack([chunk.num_tokens for chunk in chunks]),
+            num_masked=len(masked_rows),
         )
-        plan = Plan(step, body, decodes, chunks, preempted)
+        plan = Plan(step, body, decodes, chunks, preempted, masked_rows)
         self._plans[step] = plan
         return plan
 
-    def apply(self, step: int, tokens: Sequence[int]) -> list[Accepted | None]:
+    def apply(
+        self, step: int, tokens: Sequence[int], poisoned: Sequence[int] = ()
+    ) -> list[Accepted | None]:
         """The results of `step`, which all ranks have acked: one entry a logit row.
 
-        None where the row's request has ended since: its token is dropped.
+        None where the row's request has ended since, or its row is among the `poisoned`, or its
+        grammar fails: its token is dropped.
         """
         plan = self._plans.pop(step)
+        if poisoned:
+            sampled = plan.sampled
+            for row in poisoned:
+                self.fail(sampled[row], NUMERICAL_ERROR)
         self._last_applied = step
         for chunk in plan.chunks:
             chunk.request.num_computed += chunk.num_tokens
@@ -225,10 +251,17 @@ class Scheduler:
             if request.finish is not None:
                 accepted.append(None)
                 continue
+            state = State.OPEN if request.matcher is None else request.matcher.accept(token)
+            if state is State.BROKEN:
+                self.fail(request, GRAMMAR_ERROR)
+                accepted.append(None)
+                continue
             index = len(request.tokens) - request.num_prompt
             request.tokens.append(token)
             accepted.append((request, index, token))
-            if token in request.stop_token_ids and index + 1 >= request.sampling.min_tokens:
+            if state is State.COMPLETE or (
+                token in request.stop_token_ids and index + 1 >= request.sampling.min_tokens
+            ):
                 self._finish(request, Finish.STOP)
             elif index + 1 == request.max_tokens:
                 self._finish(request, Finish.LENGTH)
@@ -358,13 +391,19 @@ class Scheduler:
 
     def _publish(self, request: Request, start: int) -> None:
         """Name the pages that became full from token `start` on: other requests may find them."""
-        if not self.enable_prefix_caching:
+        if not self.enable_prefix_caching or request.failure:
             return
         size = self.pool.page_size
         num_full = min(request.num_computed, len(request.tokens)) // size
         self._name_pages(request, num_full)
         for index in range(start // size, num_full):
             self.pool.publish(request.pages[index], request.names[index])
+
+
+def _masked_rows(decodes: Sequence[Request], chunks: Sequence[Chunk]) -> list[int]:
+    """The logit rows of requests with a grammar."""
+    sampled = [*decodes, *(chunk.request for chunk in chunks if chunk.samples)]
+    return [row for row, request in enumerate(sampled) if request.matcher is not None]
 
 
 def route(
