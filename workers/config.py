@@ -32,21 +32,21 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     dp_size: int = 1
     """Data-parallel replicas, each with its own requests and pages."""
     enable_dp_attention: bool = False
-    """Split the tp_size ranks into dp_size attention replicas that share the MLPs and experts; without it dp_size whole copies run side by side."""
+    """Make the dp_size replicas parts of the tp_size ranks, with shared MLPs and experts."""
     ep_size: int = 1
-    """Ranks the experts are spread over, whole ones on each; divides tp_size, the rest splits every expert."""
+    """Ranks that experts are spread over as wholes; tp_size / ep_size ranks split each."""
     moe_dp_size: int = 1
-    """Copies of the experts, each used by its own share of the ranks (with moe_a2a_backend=torch)."""
+    """Copies of all experts, each for its share of the ranks (with moe_a2a_backend=torch)."""
     moe_dense_tp_size: int | None = None
-    """Ranks a dense layer is split over: unset or tp_size all, 1 none, or the attention-TP size (tp_size / dp_size)."""
+    """Ranks a dense layer is split over: tp_size (also if unset), 1, or tp_size / dp_size."""
     moe_a2a_backend: Literal["none", "torch"] = "none"
-    """How rows reach their experts: none gathers all rows on all ranks, torch sends each to its experts' ranks."""
+    """How rows reach experts: none gathers all everywhere, torch sends each where it goes."""
     enable_dp_lm_head: bool = False
-    """Split the head within each attention replica instead of over all ranks: no logits between replicas, more memory."""
+    """Split the head within each attention replica: more memory, no logits between replicas."""
     disable_attn_tp_gather: bool = False
-    """Let attention gather and scatter rows itself, so that a replica's rows are never padded to its ranks; for models that can."""
+    """Attention gathers rows itself, so none are padded to its ranks; for models that can."""
     attn_cp_size: int = 1
-    """Ranks a prompt is split over within a replica (context parallel); 1 for now."""
+    """Ranks that share a replica's prompts (context parallel); must be 1 for now."""
     page_size: int = 16
     """Tokens in a page of the key-value cache."""
     max_num_seqs: int = 256
@@ -113,7 +113,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         if self.symm_mem_prealloc_gb <= 0:
             raise ValueError(f"symm_mem_prealloc_gb={self.symm_mem_prealloc_gb} must be above 0")
         if self.symm_mem_strict and not self.enable_symm_mem:
-            raise ValueError("symm_mem_strict watches over symmetric memory: set enable_symm_mem too")
+            raise ValueError("symm_mem_strict needs enable_symm_mem: set that too")
         for name in ("step_timeout_s", "start_timeout_s"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0")
