@@ -28,8 +28,10 @@ from deployments.fleet import LocalFleet
 from deployments.messages import (
     DriverBeat,
     Finish,
+    Grammar,
     IngressBeat,
     Refused,
+    RequestFailed,
     Submit,
     Tokens,
     decode_to_ingress,
@@ -56,6 +58,8 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     logprobs: int | None = None
+    grammar: Grammar | None = None
+    """What the text must look like: `Grammar("regex", "[0-9]+")`; "json" takes a schema's text."""
 
     def sampling(self, stop_token_ids: tuple[int, ...], seed: int) -> Sampling:
         return Sampling(
@@ -213,6 +217,7 @@ class LLM:
                 max_tokens=min(reader.max_tokens, self.max_model_len - num_prompt),
                 stop_token_ids=sampling.stop_token_ids,
                 sampling=sampling,
+                grammar=reader.grammar,
             )
         )
 
@@ -231,6 +236,8 @@ class LLM:
                     bar.update(self._on_tokens(message, readers))
                 elif isinstance(message, Refused) and message.request in readers:
                     raise ValueError(message.message)
+                elif isinstance(message, RequestFailed):
+                    bar.update(_end_failed(message, readers))
                 elif isinstance(message, DriverBeat):
                     self._send(IngressBeat())
                     self._follow(message, readers)
@@ -267,6 +274,15 @@ class LLM:
         return num_before - len(readers)
 
 
+def _end_failed(failed: RequestFailed, readers: "dict[int, _Reader]") -> int:
+    """That request has ended with what it had; the others go on."""
+    reader = readers.pop(failed.request, None)
+    if reader is None:
+        return 0
+    reader.end("error")
+    return 1
+
+
 class _Reader:
     """Turns one answer's ids into text as they come."""
 
@@ -279,7 +295,7 @@ class _Reader:
     ) -> None:
         self.answer = answer
         self.sampling = sampling
-        self.max_tokens = params.max_tokens
+        self.max_tokens, self.grammar = params.max_tokens, params.grammar
         self._detokenizer = Detokenizer(token_bytes) if token_bytes else None
         self._matcher = StopMatcher(params.stop)
 
