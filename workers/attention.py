@@ -1,15 +1,18 @@
 """Attention of a step over the paged cache: what is prepared once a step, and which kernel runs.
 
 `PagedAttention` splits a step's rows into its decodes and its chunks, prepares for each what all
-layers share (page lists, masks), and calls a kernel a layer. A back end is the two methods
-`_decode` and `_chunk`; there is one today, torch's, for CPUs and as the reference.
+layers share (page lists, masks), and calls a kernel a layer: torch's, for CPUs and as the
+reference. `workers.gpu_attention` is the other one.
 
 Shapes: T rows, B decodes, H heads, G kv heads, D head dim, N pages.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kernels.paged_attention import chunk_attention, decode_attention, decode_mask, store_kv
@@ -41,7 +44,13 @@ class PagedAttention:
         self._pages_of = (-1, -1)
         self._pages_BN = torch.empty(0, dtype=torch.int32, device=device)
 
-    def prepare(self, rows: StepRows, positions_T: Tensor, kv_rows_T: Tensor) -> None:
+    def prepare(
+        self,
+        rows: StepRows,
+        positions_T: Tensor,
+        kv_rows_T: Tensor,
+        upload: Callable[[NDArray[np.int64]], Tensor],
+    ) -> None:
         """Take a step's rows; the tensors are `rows`' own, on the device."""
         self._kv_rows_T = kv_rows_T
         self._decodes = self._prepare_decodes(rows, positions_T)

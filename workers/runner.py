@@ -9,10 +9,11 @@ Nothing here talks to the driver (that is `workers.worker`) or knows an architec
 Shapes: T rows of the step, R rows that sample, D model width.
 """
 
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -41,9 +42,14 @@ from workers.protocol import (
 from workers.sampling import Allowed, PendingLogprobs, Sampler, token_logprobs
 from workers.weights import dummy_weights, load_weights
 
+if TYPE_CHECKING:
+    from workers.graphs import DecodeGraphs
+
 GIB = 2**30
 CPU_CACHE_GB = 1.0
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+GRAPH_BYTES = 8 * 2**20
+"""What each graph takes for its nodes."""
 LOGIT_BLOCK_ROWS = 256
 """Rows of a prompt whose logits are held at once, when their log-probabilities are wanted."""
 
@@ -130,9 +136,15 @@ class ModelRunner:
         device: torch.device,
         progress: ReportProgress,
         make_model: MakeModel = load_model,
+        use_kernels: bool | None = None,
     ) -> None:
+        """`use_kernels` is for tests: Triton's interpreter can run on a CPU what a GPU runs."""
         self._config = config
         self._device = device
+        self._use_kernels = device.type == "cuda" if use_kernels is None else use_kernels
+        self._report = progress
+        self._memory: dict[str, int] = {}
+        self._graphs: DecodeGraphs | None = None
         self._ledger: Ledger = groups.ledger
         with torch.inference_mode():
             self._model = make_model(config, layout, rank, groups, device, progress)
@@ -156,14 +168,22 @@ class ModelRunner:
         if self.max_model_len > 1 and self._config.page_size > 1:
             self._finish(self._run(Body()))
         self._cache.clear([0])
-        self._state, self._sampler = self._new_state(num_pages), self._new_sampler()
-        self._attention = PagedAttention(self._cache, self._state, self._device)
+        self._renew(num_pages)
+        if self._use_kernels:
+            with torch.inference_mode():
+                self._graphs = self._new_graphs()
+                self._graphs.capture(lambda done, total: self._report("graphs", done, total))
+        if self._device.type == "cuda":
+            print(self._memory_table(num_pages), flush=True)
 
     def launch(self, header: Header, body: Body, replica: int) -> PendingStep:
         """Queue a step. A body that this rank cannot obey is a `ProtocolError`."""
         with torch.inference_mode():
             rows = self._state.apply(body)
             _check_header(header, rows, replica)
+            bucket = 0 if body.num_masked else self._bucket(header, rows)
+            if bucket:
+                return self._replay(rows, bucket)
             return self._launch(rows, body.admits, body.num_masked)
 
     def mask(self, pending: PendingStep, mask: Mask) -> None:
@@ -191,11 +211,46 @@ class ModelRunner:
         with torch.inference_mode():
             return self._launch(self._state.apply(body), body.admits)
 
+    def _bucket(self, header: Header, rows: StepRows) -> int:
+        """The graph that runs the step; 0 for none."""
+        graphs = self._graphs
+        if graphs is None or rows.chunks or rows.num_rows == 0 or len(header.num_rows) > 1:
+            return 0
+        bucket = header.bucket or graphs.bucket_of(rows.num_rows)
+        if bucket and (bucket not in graphs.buckets or bucket < rows.num_rows):
+            raise ProtocolError(
+                f"step {header.step} of {rows.num_rows} rows wants a graph of {bucket} rows; "
+                f"there are {graphs.buckets}"
+            )
+        return bucket
+
+    def _replay(self, rows: StepRows, bucket: int) -> PendingStep:
+        """A step of decodes alone, by a captured graph."""
+        graphs = self._graphs
+        if graphs is None:
+            raise ProtocolError("no graph is captured")
+        self._prepare_pages(rows)
+        ids_R, highest_R, logits_RV = graphs.launch(rows, bucket, self._upload)
+        pending = PendingStep(rows, self._ledger.take(), ids_R, highest_R, None, None, [], None)
+        if self._sampler.needs_more(rows.logit_slots_R):
+            self._sample(pending, logits_RV, None)
+        else:
+            pending.done = self._mark()
+        return pending
+
+    def _prepare_pages(self, rows: StepRows) -> None:
+        if rows.dirty_pages:
+            self._cache.clear(rows.dirty_pages)
+        if isinstance(self._attention, PagedAttention):
+            return
+        self._table.update(self._state.table_changes, self._upload)
+
     def _launch(
         self, rows: StepRows, admits: tuple[Admit, ...], num_masked: int = 0
     ) -> PendingStep:
-        if rows.dirty_pages:
-            self._cache.clear(rows.dirty_pages)
+        self._prepare_pages(rows)
+        if self._graphs is not None:
+            self._graphs.forget_rows()
         for admit in admits:
             self._sampler.admit(admit)
         if rows.num_rows == 0:
@@ -246,7 +301,7 @@ class ModelRunner:
             parts = [chunk.tokens[chunk.start : chunk.stop] for chunk in rows.chunks]
             tokens = self._upload(np.concatenate(parts).astype(np.int64))
             input_ids_T = torch.cat([input_ids_T, tokens])
-        self._attention.prepare(rows, positions_T, self._upload(rows.kv_rows_T))
+        self._attention.prepare(rows, positions_T, self._upload(rows.kv_rows_T), self._upload)
         return ForwardBatch(
             input_ids_T=input_ids_T,
             positions_T=positions_T,
@@ -316,17 +371,44 @@ class ModelRunner:
         return event
 
     def _build(self, num_pages: int) -> None:
+        spare = int(self._use_kernels)
         self._cache = KVCache(
             self._model.num_layers,
-            num_pages=num_pages,
+            num_pages=num_pages + spare,
             page_size=self._config.page_size,
             num_kv_heads=self._model.num_kv_heads,
             head_dim=self._model.head_dim,
             dtype=self._model.dtype,
             device=self._device,
         )
+        self._graphs = None
+        self._renew(num_pages)
+
+    def _renew(self, num_pages: int) -> None:
+        """State of no requests at all."""
         self._state, self._sampler = self._new_state(num_pages), self._new_sampler()
-        self._attention = PagedAttention(self._cache, self._state, self._device)
+        if not self._use_kernels:
+            self._attention = PagedAttention(self._cache, self._state, self._device)
+            return
+        from workers.gpu_attention import DeviceTable, GpuAttention  # Triton: only with a GPU
+
+        num_slots, num_columns = self._state.page_table_SN.shape
+        self._table = DeviceTable(num_slots, num_columns, num_pages, self._device)
+        self._attention = GpuAttention(self._cache, self._table, self.max_model_len)
+
+    def _new_graphs(self) -> "DecodeGraphs":
+        from workers.graphs import DecodeGraphs
+
+        if isinstance(self._attention, PagedAttention):
+            raise ValueError("torch's attention cannot be captured")
+        return DecodeGraphs(
+            self._model,
+            self._attention,
+            self._table,
+            self._sampler.last_token_S,
+            page_size=self._config.page_size,
+            max_num_seqs=self._config.max_num_seqs,
+        )
 
     def _new_state(self, num_pages: int) -> BatchState:
         return BatchState(
@@ -393,12 +475,44 @@ class ModelRunner:
         torch.cuda.reset_peak_memory_stats(self._device)
         self._finish(self._run(body))
         peak = torch.cuda.max_memory_allocated(self._device) - self._cache.data.nbytes
-        del self._cache, self._state, self._sampler, self._attention
+        graph_bytes = self._measure_graphs()
+        del self._cache, self._state, self._sampler, self._attention, self._table
+        gc.collect()
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(self._device)
         others = total - free - torch.cuda.memory_reserved(self._device)
         counts = Sampler.penalty_bytes(num_seqs, self.vocab_size)
-        return int(total * self._config.gpu_memory_utilization) - others - peak - counts
+        self._memory = {
+            "other": others,
+            "weights": torch.cuda.memory_allocated(self._device),
+            "largest step": peak - torch.cuda.memory_allocated(self._device),
+            "graphs": graph_bytes,
+            "penalty counts": counts,
+        }
+        usable = int(total * self._config.gpu_memory_utilization)
+        return usable - sum(self._memory.values()) - self._page_bytes()
+
+    def _measure_graphs(self) -> int:
+        """What graphs take: the largest is measured, the others live in its memory."""
+        if not self._use_kernels:
+            return 0
+        torch.cuda.synchronize(self._device)
+        torch.cuda.empty_cache()
+        before, _ = torch.cuda.mem_get_info(self._device)
+        with torch.inference_mode():
+            graphs = self._new_graphs()
+            graphs.capture_one(graphs.buckets[-1])
+        after, _ = torch.cuda.mem_get_info(self._device)
+        return max(0, before - after) + GRAPH_BYTES * len(graphs.buckets)
+
+    def _memory_table(self, num_pages: int) -> str:
+        """Where this rank's memory goes, in GiB: measured, except for the cache."""
+        rows = {**self._memory, "cache": num_pages * self._page_bytes()}
+        free, total = torch.cuda.mem_get_info(self._device)
+        rows |= {"free": free, "total": total}
+        lines = [f"{name:16s}{size / GIB:9.2f} GiB" for name, size in rows.items()]
+        num_tokens = num_pages * self._config.page_size
+        return "\n".join([f"memory, {num_pages} pages for {num_tokens} tokens:", *lines])
 
 
 def _limit_of(config: EngineConfig, model: Model) -> int:

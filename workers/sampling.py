@@ -136,8 +136,8 @@ class Sampler:
     """The requests' parameters by slot, and their state on the device."""
 
     def __init__(self, *, max_num_seqs: int, vocab_size: int, device: torch.device) -> None:
-        self.last_token_S = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
-        """The next decode's input of each slot."""
+        self.last_token_S = torch.zeros(max_num_seqs + 1, dtype=torch.int64, device=device)
+        """The next decode's input of each slot; the last slot is for rows that nobody wants."""
         self._device = device
         self._vocab_size = vocab_size
         self._sampling = [Sampling()] * max_num_seqs
@@ -169,17 +169,23 @@ class Sampler:
         """(how many of the likeliest or -1 for none, tokens of the prompt)."""
         return self._sampling[slot].num_prompt_logprobs, int(self._num_prompt_S[slot])
 
+    def needs_more(self, slots_R: NDArray[np.int64]) -> bool:
+        """Whether some of these slots need more than their likeliest id."""
+        return bool(self._needs_S[slots_R].any())
+
     def sample(self, logits_RV: Tensor, rows: StepRows, allowed: Allowed | None = None) -> Sampled:
         """One id for each logit row, in float32 logits that it leaves as they are."""
         slots_R = rows.logit_slots_R
-        highest_R, ids_R = logits_RV.max(dim=-1)
+        highest_R, ids_R = likeliest(logits_RV)
         logprobs = None
-        if allowed is not None or self._needs_S[slots_R].any():
+        if allowed is not None or self.needs_more(slots_R):
             positions_R = rows.positions_T[rows.logit_rows_R] + 1
             ids_R, logprobs = self._sample_with_extras(
                 logits_RV, ids_R, slots_R, positions_R, allowed
             )
-        slots = torch.from_numpy(slots_R).to(self._device, non_blocking=True)
+        slots = torch.from_numpy(slots_R)
+        if self._device.type == "cuda":
+            slots = slots.pin_memory().to(self._device, non_blocking=True)
         self.last_token_S.index_copy_(0, slots, ids_R)
         return Sampled(ids_R, highest_R, logprobs)
 
@@ -194,7 +200,7 @@ class Sampler:
         extras = self._extras_of(slots_R)
         edited_RV = self._edit(logits_RV, extras, slots_R, positions_R, allowed)
         if edited_RV is not logits_RV:
-            ids_R = edited_RV.argmax(dim=-1)
+            ids_R = likeliest(edited_RV)[1]
         if extras.draws is not None:
             ids_R = _draw_rows(edited_RV, ids_R, extras.draws, positions_R)
         if extras.penalties is not None and self._counts_SV is not None:
@@ -341,6 +347,16 @@ class Sampler:
 
     def _floats(self, values: list[float] | tuple[float, ...]) -> Tensor:
         return torch.tensor(values, dtype=torch.float32, device=self._device)
+
+
+def likeliest(logits_RV: Tensor) -> tuple[Tensor, Tensor]:
+    """(highest logit, its id) of each row; not finite if the row is poisoned."""
+    if logits_RV.is_cuda:
+        from kernels import decode_rows  # Triton: only with a GPU
+
+        return decode_rows.likeliest(logits_RV)
+    highest_R, ids_R = logits_RV.max(dim=-1)
+    return highest_R, ids_R
 
 
 def needs_of(sampling: Sampling) -> int:

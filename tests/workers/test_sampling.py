@@ -47,7 +47,7 @@ def test_greedy_takes_the_lowest_of_equal_ids():
 def test_the_last_token_of_each_slot_stays_on_the_device():
     sampler = new_sampler(GREEDY, GREEDY, GREEDY)
     sample(sampler, torch.eye(8)[[5, 6]], [2, 0], [2, 2])
-    assert sampler.last_token_S.tolist() == [6, 0, 5]
+    assert sampler.last_token_S.tolist() == [6, 0, 5, 0]
 
 
 def test_bias_is_added():

@@ -1,0 +1,172 @@
+"""Attention on a GPU: the page table lives on the device, and our Triton kernels read it.
+
+`DeviceTable` mirrors `BatchState.page_table_SN` by what changed, so a step that nobody joins and
+that grows no page uploads nothing. It has one slot more than there are requests: the spare one,
+whose page is nobody's, for the rows that fill a captured step up.
+
+`GpuAttention` serves any step: decodes first, then chunks' rows. `prepare` takes a step's rows from
+the host; `prepare_decodes` takes rows that are on the device already, as a CUDA graph needs it.
+
+Shapes: T rows, B decodes, H heads, G kv heads, D head dim, N pages of a slot, M blocks of rows.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kernels.paged_attention import store_kv
+from kernels.paged_decode import Split, choose_split, paged_decode
+from kernels.paged_prefill import cut_chunks, paged_prefill
+from kernels.rope_store import rope_store
+from workers.batch import ProjectionAttention, StepRows, TableChange
+from workers.cache import KVCache
+
+PROGRAMS_PER_SM = 4
+CPU_PROGRAMS = 8
+
+Upload = Callable[[NDArray[np.int64]], Tensor]
+
+
+class DeviceTable:
+    """The slots' page lists on the device; `spare_slot` has `spare_page` for its only page."""
+
+    def __init__(
+        self, num_slots: int, num_pages_a_slot: int, spare_page: int, device: torch.device
+    ) -> None:
+        shape = (num_slots + 1, num_pages_a_slot)
+        self.table_SN = torch.zeros(shape, dtype=torch.int32, device=device)
+        self.spare_slot = num_slots
+        self.table_SN[num_slots] = spare_page
+
+    def update(self, changes: Sequence[TableChange], upload: Upload) -> None:
+        """Write what a step's body changed, all in one go."""
+        if not changes:
+            return
+        width = self.table_SN.shape[1]
+        places = [
+            np.arange(len(change.pages)) + (change.slot * width + change.first)
+            for change in changes
+        ]
+        both = np.stack([np.concatenate(places), np.concatenate([c.pages for c in changes])])
+        places_N, pages_N = upload(both).unbind()
+        self.table_SN.view(-1).index_copy_(0, places_N, pages_N.int())
+
+
+class _Decodes(NamedTuple):
+    slots_B: Tensor
+    positions_B: Tensor
+    split: Split
+
+
+class GpuAttention(ProjectionAttention):
+    """Made once; one of the two `prepare`s is called before each forward."""
+
+    def __init__(self, cache: KVCache, table: DeviceTable, max_model_len: int) -> None:
+        self._cache = cache
+        self._table = table
+        self._max_model_len = max_model_len
+        device = cache.data.device
+        self._num_programs = CPU_PROGRAMS
+        if device.type == "cuda":
+            count = torch.cuda.get_device_properties(device).multi_processor_count
+            self._num_programs = PROGRAMS_PER_SM * count
+        self._num_kv_heads = cache.keys(0).shape[2]
+        self._places_T = torch.empty(0, dtype=torch.int64, device=device)
+        self._decodes: _Decodes | None = None
+        self._blocks_M4: Tensor | None = None
+
+    def prepare(
+        self, rows: StepRows, positions_T: Tensor, places_T: Tensor, upload: Upload
+    ) -> None:
+        """Take a step's rows; the tensors are `rows`' own, on the device."""
+        self._places_T = places_T
+        self._decodes = self._blocks_M4 = None
+        count = len(rows.decode_slots_B)
+        if count:
+            longest = int(rows.positions_T[:count].max()) + 1
+            slots_B = upload(rows.decode_slots_B)
+            self._decodes = _Decodes(slots_B, positions_T[:count], self._split(count, longest))
+        if rows.chunks:
+            chunks = [(chunk.row, chunk.length, chunk.start, chunk.slot) for chunk in rows.chunks]
+            self._blocks_M4 = upload(cut_chunks(chunks))
+
+    def prepare_decodes(self, slots_B: Tensor, positions_B: Tensor, places_B: Tensor) -> None:
+        """Take decodes whose slots, positions and places are read when the kernels run."""
+        self._places_T = places_B
+        self._blocks_M4 = None
+        split = self._split(len(slots_B), self._max_model_len)
+        self._decodes = _Decodes(slots_B, positions_B, split)
+
+    def attend(
+        self,
+        layer: int,
+        q_THD: Tensor,
+        k_TGD: Tensor,
+        v_TGD: Tensor,
+        *,
+        scale: float,
+        sliding_window: int | None,
+    ) -> Tensor:
+        """See `workers.batch.Attention`."""
+        keys_XGD, values_XGD = self._cache.rows(layer)
+        store_kv(keys_XGD, self._places_T, k_TGD)
+        store_kv(values_XGD, self._places_T, v_TGD)
+        return self._attend(layer, q_THD.contiguous(), scale, sliding_window)
+
+    def attend_projection(
+        self,
+        layer: int,
+        qkv_TND: Tensor,
+        norm_ND: Tensor | None,
+        rotation_T3C: Tensor,
+        *,
+        eps: float,
+        scale: float,
+        sliding_window: int | None,
+    ) -> Tensor:
+        """See `workers.batch.ProjectionAttention`."""
+        keys_XGD, values_XGD = self._cache.rows(layer)
+        q_THD = rope_store(
+            qkv_TND, norm_ND, rotation_T3C, self._places_T, keys_XGD, values_XGD, eps=eps
+        )
+        return self._attend(layer, q_THD, scale, sliding_window)
+
+    def _attend(self, layer: int, q_THD: Tensor, scale: float, window: int | None) -> Tensor:
+        keys_XGD, values_XGD = self._cache.rows(layer)
+        out_THD = torch.empty_like(q_THD)
+        decodes = self._decodes
+        if decodes is not None:
+            count = len(decodes.slots_B)
+            paged_decode(
+                q_THD[:count],
+                keys_XGD,
+                values_XGD,
+                self._table.table_SN,
+                decodes.slots_B,
+                decodes.positions_B,
+                out_THD[:count],
+                page_size=self._cache.page_size,
+                split=decodes.split,
+                scale=scale,
+                sliding_window=window,
+            )
+        if self._blocks_M4 is not None:
+            paged_prefill(
+                q_THD,
+                keys_XGD,
+                values_XGD,
+                self._table.table_SN,
+                self._blocks_M4,
+                out_THD,
+                page_size=self._cache.page_size,
+                scale=scale,
+                sliding_window=window,
+            )
+        return out_THD
+
+    def _split(self, num_seqs: int, longest: int) -> Split:
+        return choose_split(num_seqs, self._num_kv_heads, longest, num_programs=self._num_programs)

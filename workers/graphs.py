@@ -1,0 +1,169 @@
+"""Decode steps that are captured once and replayed: one CUDA graph for each bucket of rows.
+
+A graph holds the whole step: it reads slots and positions from buffers of its own, runs the model,
+takes the likeliest ids, leaves them as the slots' last tokens, moves each row one position on, and
+writes ids where the host reads them. While the same slots decode, a step is one launch and nothing
+else: no upload, no copy back. When the slots change, their numbers and positions are uploaded.
+
+Rows that fill a bucket up are the spare slot's: they write to a page that is nobody's.
+
+On a CPU nothing is captured and the same rows are run as they are, which is how it is tested.
+
+Shapes: B rows of a bucket, V vocabulary, S slots, R turns of the ring.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kernels.decode_rows import Rows, close_rows, open_rows
+from workers.batch import ForwardBatch, StepRows
+from workers.gpu_attention import DeviceTable, GpuAttention, Upload
+from workers.models import Model
+
+RING = 4
+"""Steps whose ids the host may not have read yet; a worker has two in flight."""
+
+SMALL_BUCKETS = (1, 2, 4, 8)
+BUCKET_STEP = 16
+
+
+def buckets_up_to(max_num_seqs: int) -> list[int]:
+    """Sizes that are captured; the last is `max_num_seqs`.
+
+    >>> buckets_up_to(40)
+    [1, 2, 4, 8, 16, 32, 40]
+    """
+    sizes = [*SMALL_BUCKETS, *range(BUCKET_STEP, max_num_seqs, BUCKET_STEP)]
+    return [*(size for size in sizes if size < max_num_seqs), max_num_seqs]
+
+
+class Replayed(NamedTuple):
+    """What a step has queued; the ids and highest logits are the host's once it is done."""
+
+    ids_R: Tensor
+    highest_R: Tensor
+    logits_RV: Tensor
+    """Of the rows that count. The next step overwrites it."""
+
+
+class _Graph(NamedTuple):
+    graph: torch.cuda.CUDAGraph | None
+    rows: Rows
+    logits_BV: Tensor
+
+
+class DecodeGraphs:
+    """The graphs of one rank. The newest step's rows are on the device, if a graph ran it."""
+
+    def __init__(
+        self,
+        model: Model,
+        attention: GpuAttention,
+        table: DeviceTable,
+        last_token_S: Tensor,
+        *,
+        page_size: int,
+        max_num_seqs: int,
+    ) -> None:
+        self.buckets = buckets_up_to(max_num_seqs)
+        self._model, self._attention, self._table = model, attention, table
+        self._page_size = page_size
+        device = last_token_S.device
+        self._device = device
+        self._slots_B = torch.full((max_num_seqs,), table.spare_slot, device=device)
+        self._positions_B = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
+        self._last_token_S = last_token_S
+        self._turn_1 = torch.zeros(1, dtype=torch.int32, device=device)
+        is_gpu = device.type == "cuda"
+        self._ring_R2B = torch.zeros(RING, 2, max_num_seqs, dtype=torch.int32, pin_memory=is_gpu)
+        self._highest_RB = self._ring_R2B[:, 1].view(torch.float32)
+        self._graphs: dict[int, _Graph] = {}
+        self._pool = torch.cuda.graph_pool_handle() if is_gpu else None
+        self._num_turns = 0
+        self._slots: NDArray[np.int64] | None = None
+        self._bucket = 0
+
+    def capture(self, report: Callable[[int, int], None]) -> None:
+        """Capture all buckets, the largest first: the others fit into its memory."""
+        for done, bucket in enumerate(reversed(self.buckets)):
+            report(done, len(self.buckets))
+            self.capture_one(bucket)
+        report(len(self.buckets), len(self.buckets))
+
+    def capture_one(self, bucket: int) -> None:
+        rows = self._rows(bucket)
+        logits_BV = self._run(rows)  # compiles, and makes what libraries make at first use
+        self._num_turns += 1
+        if self._pool is None:
+            self._graphs[bucket] = _Graph(None, rows, logits_BV)
+            return
+        torch.cuda.synchronize(self._device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            logits_BV = self._run(rows)
+        self._graphs[bucket] = _Graph(graph, rows, logits_BV)
+
+    def bucket_of(self, num_rows: int) -> int:
+        """The smallest captured size that holds so many rows; 0 if none does."""
+        return next((bucket for bucket in self.buckets if 0 < num_rows <= bucket), 0)
+
+    def forget_rows(self) -> None:
+        """Another kind of step has run: rows on the device are no longer the newest."""
+        self._slots = None
+
+    def launch(self, step: StepRows, bucket: int, upload: Upload) -> Replayed:
+        """Queue a step of decodes alone."""
+        num_rows = step.num_rows
+        if step.decode_slots_B is not self._slots or bucket != self._bucket:
+            self._upload_rows(step, bucket, upload)
+        graph = self._graphs[bucket]
+        if graph.graph is None:
+            graph = graph._replace(logits_BV=self._run(graph.rows))
+        else:
+            graph.graph.replay()
+        self._num_turns += 1
+        turn = self._num_turns % RING
+        return Replayed(
+            self._ring_R2B[turn, 0, :num_rows],
+            self._highest_RB[turn, :num_rows],
+            graph.logits_BV[:num_rows],
+        )
+
+    def _upload_rows(self, step: StepRows, bucket: int, upload: Upload) -> None:
+        num_rows = step.num_rows
+        both = np.zeros((2, bucket), np.int64)
+        both[0] = self._table.spare_slot
+        both[0, :num_rows], both[1, :num_rows] = step.decode_slots_B, step.positions_T
+        slots_B, positions_B = upload(both).unbind()
+        self._slots_B[:bucket].copy_(slots_B)
+        self._positions_B[:bucket].copy_(positions_B)
+        self._slots, self._bucket = step.decode_slots_B, bucket
+
+    def _rows(self, bucket: int) -> Rows:
+        return Rows(
+            self._slots_B[:bucket],
+            self._positions_B[:bucket],
+            self._last_token_S,
+            self._turn_1,
+            self._ring_R2B,
+            self._table.spare_slot,
+        )
+
+    def _run(self, rows: Rows) -> Tensor:
+        """The step itself; the logits."""
+        ids_B, places_B = open_rows(rows, self._table.table_SN, page_size=self._page_size)
+        self._attention.prepare_decodes(rows.slots_B, rows.positions_B, places_B)
+        batch = ForwardBatch(
+            input_ids_T=ids_B,
+            positions_T=rows.positions_B,
+            logit_rows_R=rows.slots_B,
+            attention=self._attention,
+        )
+        logits_BV = self._model.logits(self._model.forward(batch))
+        close_rows(logits_BV, rows)
+        return logits_BV
