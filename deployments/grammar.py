@@ -39,6 +39,10 @@ thousand definitions overflows its stack, and some masks take half a second with
 
 MAX_REASON_CHARS = 160
 
+WHITE_SPACE = r"\n {0,40}| "
+"""Between the parts of a document: nothing, a space, or a new line and an indentation. A model that
+may write any amount of white space sometimes writes nothing else."""
+
 
 class GrammarRefused(ValueError):
     """The grammar is wrong or too large; the text is a clause for the client."""
@@ -201,7 +205,9 @@ def _source(grammar: Grammar) -> str:
     try:
         match grammar.kind:
             case "json":
-                return llguidance.LLMatcher.grammar_from_json_schema(grammar.text)
+                return llguidance.LLMatcher.grammar_from_json_schema(
+                    grammar.text, defaults={"whitespace_pattern": WHITE_SPACE}
+                )
             case "regex":
                 return llguidance.LLMatcher.grammar_from_regex(grammar.text)
             case "lark":
