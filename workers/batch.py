@@ -30,6 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from parallel.dp_attention import RowCounts
 from workers.protocol import Admit, Body, Sampling, unpack
 
 Int64s = NDArray[np.int64]
@@ -83,12 +84,14 @@ class ForwardBatch:
     """Rows of a step, T of them; R of them want logits."""
 
     input_ids_T: Tensor
-    """int64, on the device."""
+    """int64, on the device; past the rows that are tokens, padding."""
     positions_T: Tensor
     """int64, on the device; the row's place in its sequence."""
     logit_rows_R: Tensor
     """int64, on the device; which rows sample a token, in row order."""
     attention: Attention
+    counts: RowCounts | None = None
+    """Rows of all replicas; None if there is one, without padding."""
 
 
 class Chunk(NamedTuple):

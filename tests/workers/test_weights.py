@@ -90,14 +90,17 @@ def test_weights_come_in_the_dtype_of_the_model(folder):
             assert torch.equal(part.into, reference.into.bfloat16())
 
 
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+
+
 @pytest.mark.parametrize(
-    ("family", "changes"),
+    ("family", "changes", "layout"),
     [
-        ("Qwen2", {}),
-        ("Qwen3Moe", {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 16}),
+        ("Qwen2", {}, Layout(tp_size=4)),
+        ("Qwen3Moe", EXPERTS, Layout(tp_size=4)),
+        ("Qwen3Moe", EXPERTS, Layout(tp_size=4, ep_size=4)),
     ],
 )
-@pytest.mark.parametrize("layout", [Layout(tp_size=4), Layout(tp_size=4, ep_size=4)])
 def test_ranks_together_hold_every_number_of_the_checkpoint(family, changes, layout, tmp_path):
     save_tiny(tmp_path, family, **changes)
 

@@ -2,6 +2,8 @@
 
 from torch import Tensor
 
+from parallel.dp_attention import Activation, RowSplit, gather_replica, sum_to_shares
+from parallel.plan import Place, Rows
 from workers.batch import Attention, ProjectionAttention
 from workers.layers.build import Build, even_share
 from workers.layers.linear import (
@@ -43,7 +45,12 @@ class QueryKeyNorm:
 
 
 class SelfAttention:
-    """Causal attention with grouped keys and values, split by heads over attn_tp."""
+    """Causal attention with grouped keys and values, split by heads over attn_tp.
+
+    It works on all rows of a replica. Where the plan's attention takes scattered rows, it gathers
+    them itself before the projections and scatters their sum behind the last: then nobody outside
+    has to pad a replica's rows to a multiple of its ranks, and the products see the true number.
+    """
 
     def __init__(
         self,
@@ -55,7 +62,7 @@ class SelfAttention:
         qk_norm: bool,
         sliding_window: int | None,
     ) -> None:
-        config, group = build.config, build.groups.attn_tp
+        config, group, place = build.config, build.groups.attn_tp, build.plan.attention
         prefix = f"model.layers.{layer}.self_attn"
         dim = config.head_dim
         query = even_share(config.num_heads, group, f"{prefix} heads")
@@ -81,17 +88,42 @@ class SelfAttention:
             f"{prefix}.o_proj",
             config.num_heads * dim,
             config.hidden_size,
-            group=group,
-            use_dp_attention_reduce=True,
+            place=Place(Rows.TP_ATTN_FULL, place.group),
             bias=out_bias,
         )
+        self._group = group
+        self._rows = place.rows
 
-    def forward(self, x_TD: Tensor, rotation: Rotation, attention: Attention) -> Tensor:
+    def forward(
+        self, x: Activation, rotation: Rotation, attention: Attention, split: RowSplit | None
+    ) -> Activation:
+        x_TD = x.final(self._rows)
+        if self._rows is not Rows.SCATTERED or split is None:
+            return self._attend(x_TD, rotation, attention, split)
+        whole_TD = gather_replica(x_TD, split, self._group)
+        out = self._attend(whole_TD, rotation, attention, split)
+        out_TD = out.addend(Rows.TP_ATTN_FULL, self._group)
+        return Activation(sum_to_shares(out_TD, split, self._group), self._rows)
+
+    def _attend(
+        self, x_TD: Tensor, rotation: Rotation, attention: Attention, split: RowSplit | None
+    ) -> Activation:
         num_rows = x_TD.shape[0]
+        num_real = num_rows if split is None else split.num_real
         num_projected = self._num_rotated + self._num_kv_heads
         qkv_TND = self._qkv.forward(x_TD).view(num_rows, num_projected, self._head_dim)
+        if num_real == num_rows > 0:
+            return self._out.forward(self._read(qkv_TND, rotation, attention))
+        width = self._num_heads * self._head_dim
+        out_TN = qkv_TND.new_zeros(num_rows, width)
+        if num_real:  # padding has no place in any sequence, so attention never sees it
+            out_TN[:num_real] = self._read(qkv_TND[:num_real], rotation, attention)
+        return self._out.forward(out_TN)
+
+    def _read(self, qkv_TND: Tensor, rotation: Rotation, attention: Attention) -> Tensor:
+        """What the rows read of their sequences, heads side by side."""
         if isinstance(attention, ProjectionAttention):
-            return self._out.forward(self._attend_projection(qkv_TND, rotation, attention))
+            return self._attend_projection(qkv_TND, rotation, attention)
         qk_TND, v_TGD = qkv_TND.split((self._num_rotated, self._num_kv_heads), dim=1)
         if self._qk_norm is not None:
             qk_TND = self._qk_norm.forward(qk_TND)
@@ -99,7 +131,7 @@ class SelfAttention:
         out_THD = attention.attend(
             self._layer, q_THD, k_TGD, v_TGD, scale=self._scale, sliding_window=self._window
         )
-        return self._out.forward(out_THD.reshape(num_rows, self._num_heads * self._head_dim))
+        return out_THD.reshape(len(out_THD), self._num_heads * self._head_dim)
 
     def _attend_projection(
         self, qkv_TND: Tensor, rotation: Rotation, attention: ProjectionAttention

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from parallel.groups import Group, Groups
+from parallel.layout import GroupName
+from parallel.plan import Plan
 from workers.errors import BadSplit
 from workers.model_config import ModelConfig
 
@@ -18,12 +20,21 @@ class Build:
     groups: Groups
     device: torch.device
     dtype: torch.dtype
+    plan: Plan
+    """Where every layer works, and what moves rows between them."""
 
     def empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, device=self.device, dtype=self.dtype)
 
     def zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, device=self.device, dtype=self.dtype)
+
+    def group(self, name: GroupName | None) -> Group:
+        """The group of a place in the plan; for None this rank alone."""
+        if name is not None:
+            return getattr(self.groups, name)
+        tp = self.groups.tp
+        return Group("tp", (tp.members[tp.rank],), 0, None, tp.ledger)
 
 
 def even_share(total: int, group: Group, what: str) -> slice:

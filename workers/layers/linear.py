@@ -1,5 +1,6 @@
-"""Matrix products split over ranks: by output columns, without communication, or by input rows,
-with a sum at the end. Biases and weights are in the checkpoint's layout, (out, in).
+"""Matrix products split over ranks: by output columns, or by input rows, which leaves a sum owed.
+
+No layer here communicates. Biases and weights are in the checkpoint's layout, (out, in).
 """
 
 from collections.abc import Sequence
@@ -7,10 +8,11 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from parallel.collectives import all_reduce
+from parallel.dp_attention import Activation
 from parallel.groups import Group
+from parallel.plan import Place
 from workers.layers.build import Build, even_share
-from workers.layers.fast import linear
+from workers.layers.fast import gated_linear, linear
 from workers.weights import Part, Source, everything
 
 
@@ -51,6 +53,10 @@ class ColumnParallelLinear:
     def forward(self, x_TD: Tensor) -> Tensor:
         return linear(x_TD, self.weight_ND, self.bias_N)
 
+    def forward_gated(self, x_TD: Tensor) -> Tensor:
+        """silu of the first half of the columns, times the second half."""
+        return gated_linear(x_TD, self.weight_ND, self.bias_N)
+
     def sources(self) -> list[Source]:
         sources: list[Source] = []
         first = 0
@@ -69,11 +75,12 @@ class ColumnParallelLinear:
 
 
 class RowParallelLinear:
-    """A product whose input is split; the ranks' results are summed.
+    """A product whose input is split: each rank has an addend of the result.
 
-    `use_dp_attention_reduce` has no default: whoever writes a layer must say whether its rows are
-    one attention replica's (True: the sum is over `attn_tp`) or those of all of `group`. With the
-    wrong one, data-parallel attention would sum different requests' rows.
+    Nothing is summed here. What comes out says over which group it is yet to be summed, and the
+    boundary behind the layer does that, together with whatever else the plan wants done to the
+    rows. The group is the place's, so whether it is one attention replica's or that of all replicas
+    is the plan's to say, and no model's to forget.
     """
 
     def __init__(
@@ -83,22 +90,28 @@ class RowParallelLinear:
         num_in: int,
         num_out: int,
         *,
-        group: Group,
-        use_dp_attention_reduce: bool,
+        place: Place,
         bias: bool = False,
     ) -> None:
-        self.group = build.groups.attn_tp if use_dp_attention_reduce else group
+        self.group = build.group(place.group)
+        self.place = place
+        self._owed = self.group if self.group.size > 1 else None
         self._name = name
         self._take = even_share(num_in, self.group, name)
         self._num_in = num_in
         self.weight_ND = build.empty(num_out, num_in // self.group.size)
         self.bias_N = build.empty(num_out) if bias else None
+        self._added_N = self.bias_N if self.group.rank == 0 else None
+        """The bias is one rank's to add, or the sum would have it several times."""
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        if self.group.size == 1:
-            return linear(x_TD, self.weight_ND, self.bias_N)
-        out_TN = all_reduce(linear(x_TD, self.weight_ND), self.group)
-        return out_TN if self.bias_N is None else out_TN.add_(self.bias_N)
+    @property
+    def use_dp_attention_reduce(self) -> bool:
+        """Whether its sum is taken within one attention replica, whose ranks have equal rows."""
+        return self.place.group == "attn_tp"
+
+    def forward(self, x_TD: Tensor) -> Activation:
+        out_TN = linear(x_TD, self.weight_ND, self._added_N)
+        return Activation(out_TN, self.place.rows, self._owed)
 
     def sources(self) -> list[Source]:
         num_out = self.weight_ND.shape[0]

@@ -1,22 +1,25 @@
 """A sparse layer: a router chooses a few experts for each row, and their outputs are mixed.
 
 Experts are split over moe_ep by whole experts (padded where they do not divide) and over moe_tp by
-intermediate columns. Every rank of tp routes all rows alike, computes its share, and one
-all-reduce over tp at the end sums them.
+intermediate columns. Either every rank routes all rows alike and computes its share, and the sum is
+owed over tp; or rows are scattered, and an all-to-all takes each to its experts and back
+(`workers.layers.dispatch`). Rows of padding choose no expert.
 
 The three ways of computing the experts are one function of their arguments; which is quickest
 depends on the number of rows and on whether the host may look at the choice.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from parallel.collectives import all_reduce
-from workers.errors import BadSplit
+from parallel.dp_attention import Activation, RowSplit
+from parallel.plan import Place
 from workers.layers.build import Build, even_share, padded_share
+from workers.layers.dispatch import AllToAll, Routing
 from workers.layers.fast import silu_and_multiply
 from workers.model_config import MoeConfig
 from workers.weights import OneOf, Part, Source, everything
@@ -42,11 +45,32 @@ class FusedExpertNames(NamedTuple):
     down: str
 
 
-class Routing(NamedTuple):
-    """For every row its K experts and what each counts."""
+class MLP(Protocol):
+    """The second half of a layer: dense or sparse."""
 
-    weight_TK: Tensor
-    expert_TK: Tensor
+    def forward(self, x: Activation, split: RowSplit | None) -> Activation: ...
+    def sources(self) -> Sequence[Source | OneOf]: ...
+
+
+class Router(Protocol):
+    """Chooses experts from a row's scores."""
+
+    def forward(self, logits_TE: Tensor) -> Routing: ...
+    def sources(self) -> Sequence[Source]: ...
+
+
+class SoftmaxRouter:
+    """The likeliest experts, by a softmax over all of them."""
+
+    def __init__(self, num_chosen: int, *, normalise: bool) -> None:
+        self._num_chosen = num_chosen
+        self._normalise = normalise
+
+    def forward(self, logits_TE: Tensor) -> Routing:
+        return route(logits_TE, self._num_chosen, normalise=self._normalise)
+
+    def sources(self) -> Sequence[Source]:
+        return ()
 
 
 def route(logits_TE: Tensor, num_chosen: int, *, normalise: bool) -> Routing:
@@ -58,11 +82,43 @@ def route(logits_TE: Tensor, num_chosen: int, *, normalise: bool) -> Routing:
     return Routing(weight_TK.to(logits_TE.dtype), expert_TK)
 
 
+def route_in_groups(
+    score_TE: Tensor,
+    bias_E: Tensor | None,
+    num_chosen: int,
+    *,
+    num_groups: int,
+    num_groups_chosen: int,
+    normalise: bool,
+    scale: float,
+) -> Routing:
+    """DeepSeek's choice: first the best groups of neighbouring experts, then experts within them.
+
+    With a bias (V3) experts are chosen by score plus bias, a group by the sum of its two best, and
+    weighted by the score alone; without (V2) a group is as good as its best expert.
+    """
+    biased_TE = score_TE if bias_E is None else score_TE + bias_E
+    grouped_TGE = biased_TE.unflatten(-1, (num_groups, -1))
+    if bias_E is None:
+        group_TG = grouped_TGE.amax(-1)
+    else:
+        group_TG = grouped_TGE.topk(min(2, grouped_TGE.shape[-1]), dim=-1).values.sum(-1)
+    best_TG = group_TG.topk(num_groups_chosen, dim=-1).indices
+    open_TG = torch.zeros_like(group_TG, dtype=torch.bool).scatter_(1, best_TG, True)
+    closed_TE = ~open_TG.repeat_interleave(grouped_TGE.shape[-1], 1)
+    expert_TK = biased_TE.masked_fill(closed_TE, -torch.inf).topk(num_chosen, dim=-1).indices
+    weight_TK = score_TE.gather(1, expert_TK)
+    if normalise:
+        weight_TK = weight_TK / (weight_TK.sum(-1, keepdim=True) + 1e-20)
+    return Routing(weight_TK * scale, expert_TK)
+
+
 class Experts:
     """This rank's experts, and the three ways to apply them to rows.
 
-    Choices of other ranks' experts add nothing. On a CPU, sorting pays once experts are chosen more
-    than once, and copying weights never does (2 to 50 times slower, unless experts are tiny).
+    Choices of other ranks' experts, or of none, add nothing. On a CPU, sorting pays once experts
+    are chosen more than once, and copying weights never does (2 to 50 times slower, unless experts
+    are tiny).
     """
 
     def __init__(self, gate_up_END: Tensor, down_EDI: Tensor, first: int, num_real: int) -> None:
@@ -130,6 +186,21 @@ class Experts:
         return functional.linear(silu_and_multiply(functional.linear(x_TD, gate_up_ND)), down_DI)
 
 
+class ExpertLoad:
+    """How often each expert was chosen by rows that this rank routed; counted on the device."""
+
+    def __init__(self, num_experts: int, device: torch.device) -> None:
+        self._counts_E = torch.zeros(num_experts + 1, dtype=torch.int64, device=device)
+        """The last counts choices of none."""
+
+    def add(self, expert_TK: Tensor) -> None:
+        chosen_N = expert_TK.reshape(-1)
+        self._counts_E.index_add_(0, chosen_N, torch.ones_like(chosen_N))
+
+    def read(self) -> Tensor:
+        return self._counts_E[:-1].clone()
+
+
 class SparseMLP:
     def __init__(
         self,
@@ -138,17 +209,17 @@ class SparseMLP:
         names: ExpertNames,
         fused_names: FusedExpertNames,
         *,
-        norm_topk_prob: bool,
+        place: Place,
+        router: Router,
+        shared: MLP | None = None,
     ) -> None:
+        """`shared` is an MLP that every row goes through as well, built for the same place."""
         groups, hidden = build.groups, build.config.hidden_size
-        if groups.moe_dp.size > 1:
-            raise BadSplit(
-                f"moe_dp_size={groups.moe_dp.size}: replicated experts need their rows split "
-                "first, which is not offered; set moe_dp_size to 1"
-            )
         self._moe, self._names, self._fused_names = moe, names, fused_names
-        self._norm_topk_prob = norm_topk_prob
-        self._group = groups.tp
+        self._router, self._shared = router, shared
+        self._rows = place.rows
+        group = build.group(place.group)
+        self._owed = group if group.size > 1 else None
         self._columns = even_share(moe.intermediate_size, groups.moe_tp, names.down)
         self._experts, num_slots = padded_share(moe.num_experts, groups.moe_ep)
         width = moe.intermediate_size // groups.moe_tp.size
@@ -157,15 +228,38 @@ class SparseMLP:
         self._down_EDI = build.zeros(num_slots, hidden, width)
         first, num_real = self._experts.start, self._experts.stop - self._experts.start
         self.experts = Experts(self._gate_up_END, self._down_EDI, first, num_real)
+        self.load = ExpertLoad(moe.num_experts, build.device)
+        self._all_to_all = None
+        if build.plan.settings.moe_a2a_backend != "none":
+            self._all_to_all = AllToAll(
+                groups.moe_ep, num_experts=moe.num_experts, experts_per_rank=num_slots
+            )
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        logits_TE = functional.linear(x_TD, self._router_ED)
-        chosen = self._moe.num_experts_per_token
-        routing = route(logits_TE, chosen, normalise=self._norm_topk_prob)
-        return all_reduce(self.experts.apply(x_TD, routing), self._group)
+    def forward(self, x: Activation, split: RowSplit | None) -> Activation:
+        x_TD = x.final(self._rows)
+        routing = self._route(x_TD, split)
+        if self._all_to_all is None:
+            out_TD = self.experts.apply(x_TD, routing)
+        else:
+            places = x_TD.shape[0] if split is None else split.longest
+            out_TD = self._all_to_all.forward(x_TD, routing, places, self.experts.apply)
+        if self._shared is not None:
+            out_TD = out_TD + self._shared.forward(x, split).addend(self._rows, self._owed)
+        return Activation(out_TD, self._rows, self._owed)
+
+    def _route(self, x_TD: Tensor, split: RowSplit | None) -> Routing:
+        routing = self._router.forward(functional.linear(x_TD, self._router_ED))
+        live_T = None if split is None else split.live(self._rows)
+        if live_T is not None:
+            chosen = routing.expert_TK.masked_fill(~live_T.unsqueeze(1), self._moe.num_experts)
+            routing = Routing(routing.weight_TK, chosen)
+        self.load.add(routing.expert_TK)
+        return routing
 
     def sources(self) -> list[Source | OneOf]:
-        return [OneOf((self._sources_by_expert(), self._fused_sources()))]
+        shared = [] if self._shared is None else self._shared.sources()
+        experts = OneOf((self._sources_by_expert(), self._fused_sources()))
+        return [experts, *self._router.sources(), *shared]
 
     def _sources_by_expert(self) -> tuple[Source, ...]:
         names, hidden = self._names, self._router_ED.shape[1]

@@ -10,27 +10,26 @@ README.md in this folder says how to add one.
 """
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from parallel.groups import Groups
+from parallel.layout import Layout
+from parallel.plan import PlanSettings, compile_plan
+from workers.architectures import layers_of, read_model_config
 from workers.batch import ForwardBatch
 from workers.layers.build import Build
 from workers.model_config import ModelConfig, check_split
-from workers.models.llama import DEFAULTS as LLAMA_DEFAULTS
 from workers.models.llama import build_llama
-from workers.models.mixtral import DEFAULTS as MIXTRAL_DEFAULTS
 from workers.models.mixtral import build_mixtral
-from workers.models.qwen2 import DEFAULTS as QWEN2_DEFAULTS
 from workers.models.qwen2 import build_qwen2
-from workers.models.qwen3 import DEFAULTS as QWEN3_DEFAULTS
 from workers.models.qwen3 import build_qwen3
-from workers.models.qwen3_moe import DEFAULTS as QWEN3_MOE_DEFAULTS
 from workers.models.qwen3_moe import build_qwen3_moe
 from workers.weights import OneOf, Source
+
+__all__ = ["MODELS", "Model", "build_model", "layout_of", "read_model_config"]
 
 
 class Model(Protocol):
@@ -55,8 +54,12 @@ class Model(Protocol):
         """Hidden rows (T, D) behind the final norm."""
         ...
 
-    def logits(self, hidden_RD: Tensor) -> Tensor:
-        """float32 (R, vocab_size), the same on all attention-TP ranks."""
+    def logits(self, hidden_RD: Tensor, num_logit_rows: tuple[int, ...] | None = None) -> Tensor:
+        """float32 (R, vocab_size), the same on all attention-TP ranks.
+
+        With a head that spans replicas `num_logit_rows` says how many rows each of them has, and
+        all ranks call this in the same step.
+        """
         ...
 
     def sources(self) -> list[Source | OneOf]:
@@ -64,34 +67,45 @@ class Model(Protocol):
         ...
 
 
-class Architecture(NamedTuple):
-    build: Callable[[Build], Model]
-    defaults: Mapping[str, object]
-    """What the family means by fields that its config.json leaves out."""
-
-
-MODELS: Mapping[str, Architecture] = {
-    "LlamaForCausalLM": Architecture(build_llama, LLAMA_DEFAULTS),
-    "MixtralForCausalLM": Architecture(build_mixtral, MIXTRAL_DEFAULTS),
-    "Qwen2ForCausalLM": Architecture(build_qwen2, QWEN2_DEFAULTS),
-    "Qwen3ForCausalLM": Architecture(build_qwen3, QWEN3_DEFAULTS),
-    "Qwen3MoeForCausalLM": Architecture(build_qwen3_moe, QWEN3_MOE_DEFAULTS),
+MODELS: Mapping[str, Callable[[Build], Model]] = {
+    "LlamaForCausalLM": build_llama,
+    "MixtralForCausalLM": build_mixtral,
+    "Qwen2ForCausalLM": build_qwen2,
+    "Qwen3ForCausalLM": build_qwen3,
+    "Qwen3MoeForCausalLM": build_qwen3_moe,
 }
 
 
-def read_model_config(folder: Path) -> ModelConfig:
-    """The folder's config.json; refuses architectures that are not in `MODELS`."""
-    return ModelConfig.read(folder, {name: model.defaults for name, model in MODELS.items()})
+DEFAULT_SETTINGS = PlanSettings()
 
 
 def build_model(
-    config: ModelConfig, groups: Groups, device: torch.device, dtype: torch.dtype
+    config: ModelConfig,
+    groups: Groups,
+    device: torch.device,
+    dtype: torch.dtype,
+    settings: PlanSettings = DEFAULT_SETTINGS,
 ) -> Model:
     """This rank's model, its weights allocated and not yet filled."""
+    layout = layout_of(groups)
+    plan = compile_plan(layout, settings, layers_of(config))
     check_split(
         config,
-        attn_tp=groups.attn_tp.size,
-        dense_tp=groups.tp.size if config.moe is None else groups.dense_tp.size,
-        moe_tp=groups.moe_tp.size,
+        attn_tp=layout.attn_tp_size,
+        dense_tp=layout.dense_tp_size,
+        moe_tp=layout.moe_tp_size,
     )
-    return MODELS[config.architecture].build(Build(config, groups, device, dtype))
+    return MODELS[config.architecture](Build(config, groups, device, dtype, plan))
+
+
+def layout_of(groups: Groups) -> Layout:
+    """The layout of one domain, from the sizes of its groups."""
+    return Layout(
+        tp_size=groups.tp.size,
+        dp_size=groups.attn_dp.size,
+        enable_dp_attention=groups.attn_dp.size > 1,
+        attn_cp_size=groups.attn_cp.size,
+        ep_size=groups.moe_ep.size,
+        moe_dp_size=groups.moe_dp.size,
+        moe_dense_tp_size=groups.dense_tp.size,
+    )

@@ -5,25 +5,20 @@ parts are connected differently is its own class with `DecoderLayer`'s methods.
 """
 
 from collections.abc import Sequence
-from typing import Protocol
 
 from torch import Tensor
 
+from parallel.dp_attention import Activation, RowCounts, RowSplit
+from parallel.plan import PlanError, Rows
 from workers.batch import Attention, ForwardBatch
-from workers.errors import BadSplit
 from workers.layers.attention import SelfAttention
 from workers.layers.build import Build
-from workers.layers.embedding import LMHead, VocabParallelEmbedding, VocabWeight
+from workers.layers.communicator import NormBoundary
+from workers.layers.embedding import LMHead, VocabParallelEmbedding, VocabWeight, vocab_sources
+from workers.layers.moe import MLP, SparseMLP
 from workers.layers.norm import RMSNorm
 from workers.layers.rotary import RotaryTable, Rotation
 from workers.weights import OneOf, Source
-
-
-class MLP(Protocol):
-    """The second half of a layer: dense or sparse."""
-
-    def forward(self, x_TD: Tensor) -> Tensor: ...
-    def sources(self) -> Sequence[Source | OneOf]: ...
 
 
 class DecoderLayer:
@@ -31,24 +26,33 @@ class DecoderLayer:
 
     def __init__(self, build: Build, layer: int, attention: SelfAttention, mlp: MLP) -> None:
         prefix = f"model.layers.{layer}"
-        self.input_norm = RMSNorm(build, f"{prefix}.input_layernorm")
-        self._attention = attention
+        plan = build.plan
+        self._attention, self.mlp = attention, mlp
+        self._input_norm = RMSNorm(build, f"{prefix}.input_layernorm")
         self._post_norm = RMSNorm(build, f"{prefix}.post_attention_layernorm")
-        self._mlp = mlp
+        self._into_attention = NormBoundary(build, plan.into_attention(layer), self._input_norm)
+        self._into_mlp = NormBoundary(build, plan.into_mlp(layer), self._post_norm)
 
     def forward(
-        self, x_TD: Tensor, residual_TD: Tensor, rotation: Rotation, attention: Attention
-    ) -> Tensor:
-        """From rows behind `input_norm` to what is yet to be added to the residual stream."""
-        x_TD = self._attention.forward(x_TD, rotation, attention)
-        return self._mlp.forward(self._post_norm.add(x_TD, residual_TD))
+        self,
+        x: Activation,
+        residual: Activation | None,
+        rotation: Rotation,
+        attention: Attention,
+        split: RowSplit | None,
+    ) -> tuple[Activation, Activation]:
+        """What is yet to be added to the residual stream, and the stream."""
+        x, residual = self._into_attention.forward(x, residual, split)
+        x = self._attention.forward(x, rotation, attention, split)
+        x, residual = self._into_mlp.forward(x, residual, split)
+        return self.mlp.forward(x, split), residual
 
     def sources(self) -> list[Source | OneOf]:
         return [
-            *self.input_norm.sources(),
+            *self._input_norm.sources(),
             *self._attention.sources(),
             *self._post_norm.sources(),
-            *self._mlp.sources(),
+            *self.mlp.sources(),
         ]
 
 
@@ -56,13 +60,7 @@ class Decoder:
     """A causal language model on one rank; what a runner needs to know of it are attributes."""
 
     def __init__(self, build: Build, layers: Sequence[DecoderLayer]) -> None:
-        config, groups = build.config, build.groups
-        if groups.attn_dp.size > 1 or groups.attn_cp.size > 1:
-            raise BadSplit(
-                f"{config.architecture} was asked for with {groups.attn_dp.size} data-parallel and "
-                f"{groups.attn_cp.size} context-parallel attention parts and its layers move no "
-                "rows between them: set enable_dp_attention off and attn_cp_size to 1"
-            )
+        config, groups, plan = build.config, build.groups, build.plan
         self.architecture = config.architecture
         self.initializer_range = config.initializer_range
         self.num_layers = config.num_layers
@@ -77,37 +75,74 @@ class Decoder:
         self.dtype = build.dtype
         self.device = build.device
 
-        embedding = VocabWeight(build, "model.embed_tokens")
-        head = embedding if config.tie_word_embeddings else VocabWeight(build, "lm_head")
-        self.unused_weights = frozenset({"lm_head.weight"} if head is embedding else ())
+        name = "model.embed_tokens"
+        embedding = VocabWeight(build, name, groups.attn_tp)
+        head = embedding
+        head_group = build.group(plan.head.group)
+        if not config.tie_word_embeddings or head_group.members != groups.attn_tp.members:
+            head_name = name if config.tie_word_embeddings else "lm_head"
+            head = VocabWeight(build, head_name, head_group)
+        self.unused_weights = frozenset({"lm_head.weight"} if config.tie_word_embeddings else ())
         self._vocabs = (embedding,) if head is embedding else (embedding, head)
         self._embed = VocabParallelEmbedding(embedding)
-        self._head = LMHead(head, config.vocab_size)
+        self._head = LMHead(build, head)
         self._layers = tuple(layers)
         self._norm = RMSNorm(build, "model.norm")
-        following = [*(layer.input_norm for layer in layers[1:]), self._norm]
-        self._layers_and_next_norms = tuple(zip(layers, following, strict=True))
+        self._into_head = NormBoundary(build, plan.into_head, self._norm)
         self._rotary = RotaryTable(
             config.rope, config.head_dim, config.max_position_embeddings, build.device, build.dtype
         )
+        self._groups = groups
+        self._moves_rows = plan.is_scattered or plan.require_mlp_tp_gather
+        self._pads = self._moves_rows or groups.attn_dp.size > 1
+        self._last_split: tuple[RowCounts, RowSplit] | None = None
 
     def forward(self, batch: ForwardBatch) -> Tensor:
         """Hidden rows (T, D) behind the final norm."""
-        rotation = self._rotary.at(batch.positions_T)
-        residual_TD = self._embed.forward(batch.input_ids_T)
-        x_TD = self._layers[0].input_norm.forward(residual_TD)
-        for layer, next_norm in self._layers_and_next_norms:
-            x_TD = layer.forward(x_TD, residual_TD, rotation, batch.attention)
-            x_TD = next_norm.add(x_TD, residual_TD)
-        return x_TD
+        split = self._split(batch) if self._pads else None
+        positions_T = batch.positions_T if split is None else batch.positions_T[: split.num_real]
+        rotation = self._rotary.at(positions_T)
+        x = Activation(self._embed.forward(batch.input_ids_T), Rows.TP_ATTN_FULL)
+        residual = None
+        for layer in self._layers:
+            x, residual = layer.forward(x, residual, rotation, batch.attention, split)
+        x, _ = self._into_head.forward(x, residual, split)
+        return x.final(Rows.TP_ATTN_FULL)
 
-    def logits(self, hidden_RD: Tensor) -> Tensor:
-        """float32 (R, vocab_size), gathered over the attention-TP group."""
-        return self._head.forward(hidden_RD)
+    def logits(self, hidden_RD: Tensor, num_logit_rows: tuple[int, ...] | None = None) -> Tensor:
+        """float32 (R, vocab_size); with a head that spans replicas, all of them say how many."""
+        return self._head.forward(hidden_RD, num_logit_rows)
+
+    def expert_loads(self) -> dict[int, Tensor]:
+        """For each sparse layer how often its experts were chosen by rows that came here."""
+        mlps = {number: layer.mlp for number, layer in enumerate(self._layers)}
+        return {n: mlp.load.read() for n, mlp in mlps.items() if isinstance(mlp, SparseMLP)}
+
+    def _split(self, batch: ForwardBatch) -> RowSplit:
+        """Who has which rows; the same as in the last step for as long as the counts are."""
+        groups, counts = self._groups, batch.counts
+        if counts is None:
+            if groups.attn_dp.size > 1:
+                raise PlanError("a step over several replicas must say how many rows each has")
+            rows = (batch.input_ids_T.shape[0],)
+            counts = RowCounts(rows, rows, ())
+        key = counts._replace(num_logit_rows=())
+        if self._last_split is None or self._last_split[0] != key:
+            split = RowSplit(
+                rows=counts.padded,
+                num_real=counts.num_real,
+                attn_tp=groups.attn_tp.size,
+                replica=groups.attn_dp.rank,
+                place=groups.attn_tp.rank,
+                device=batch.input_ids_T.device,
+            )
+            self._last_split = (key, split)
+        return self._last_split[1]
 
     def sources(self) -> list[Source | OneOf]:
         """What a checkpoint must hold, and where it goes on this rank."""
         sources: list[Source | OneOf] = []
-        for part in (*self._vocabs, *self._layers, self._norm):
+        sources.extend(vocab_sources(self._vocabs))
+        for part in (*self._layers, self._norm):
             sources.extend(part.sources())
         return sources

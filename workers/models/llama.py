@@ -5,8 +5,6 @@ from workers.layers.build import Build
 from workers.layers.mlp import GatedMLP
 from workers.models.decoder import Decoder, DecoderLayer
 
-DEFAULTS: dict[str, object] = {}
-
 
 def build_llama(build: Build) -> Decoder:
     return Decoder(build, [_layer(build, layer) for layer in range(build.config.num_layers)])
@@ -23,5 +21,5 @@ def _layer(build: Build, layer: int) -> DecoderLayer:
         sliding_window=None,
     )
     prefix = f"model.layers.{layer}.mlp"
-    mlp = GatedMLP(build, prefix, group=build.groups.tp, bias=config.mlp_bias)
+    mlp = GatedMLP(build, prefix, place=build.plan.mlps[layer], bias=config.mlp_bias)
     return DecoderLayer(build, layer, attention, mlp)

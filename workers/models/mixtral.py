@@ -3,16 +3,9 @@
 from workers.errors import BadModelConfig
 from workers.layers.attention import SelfAttention
 from workers.layers.build import Build
-from workers.layers.moe import ExpertNames, FusedExpertNames, SparseMLP
+from workers.layers.moe import ExpertNames, FusedExpertNames, SoftmaxRouter, SparseMLP
 from workers.model_config import MoeConfig
 from workers.models.decoder import Decoder, DecoderLayer
-
-DEFAULTS: dict[str, object] = {
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 1e6,
-    "num_local_experts": 8,
-    "num_experts_per_tok": 2,
-}
 
 
 def build_mixtral(build: Build) -> Decoder:
@@ -39,5 +32,6 @@ def _layer(build: Build, layer: int, moe: MoeConfig, window: int | None) -> Deco
         gate_up=f"model.layers.{layer}.mlp.experts.gate_up_proj",
         down=f"model.layers.{layer}.mlp.experts.down_proj",
     )
-    mlp = SparseMLP(build, moe, names, fused, norm_topk_prob=True)
+    router = SoftmaxRouter(moe.num_experts_per_token, normalise=True)
+    mlp = SparseMLP(build, moe, names, fused, place=build.plan.mlps[layer], router=router)
     return DecoderLayer(build, layer, attention, mlp)

@@ -5,8 +5,6 @@ from workers.layers.build import Build
 from workers.layers.mlp import GatedMLP
 from workers.models.decoder import Decoder, DecoderLayer
 
-DEFAULTS: dict[str, object] = {"sliding_window": 4096}
-
 
 def build_qwen2(build: Build) -> Decoder:
     config = build.config
@@ -19,5 +17,5 @@ def _layer(build: Build, layer: int, window: int | None) -> DecoderLayer:
     attention = SelfAttention(
         build, layer, qkv_bias=True, out_bias=False, qk_norm=False, sliding_window=window
     )
-    mlp = GatedMLP(build, f"model.layers.{layer}.mlp", group=build.groups.tp)
+    mlp = GatedMLP(build, f"model.layers.{layer}.mlp", place=build.plan.mlps[layer])
     return DecoderLayer(build, layer, attention, mlp)

@@ -5,8 +5,6 @@ from workers.layers.build import Build
 from workers.layers.mlp import GatedMLP
 from workers.models.decoder import Decoder, DecoderLayer
 
-DEFAULTS: dict[str, object] = {"sliding_window": 4096, "head_dim": 128}
-
 
 def build_qwen3(build: Build) -> Decoder:
     config = build.config
@@ -20,5 +18,5 @@ def _layer(build: Build, layer: int, window: int | None) -> DecoderLayer:
     attention = SelfAttention(
         build, layer, qkv_bias=bias, out_bias=bias, qk_norm=True, sliding_window=window
     )
-    mlp = GatedMLP(build, f"model.layers.{layer}.mlp", group=build.groups.tp)
+    mlp = GatedMLP(build, f"model.layers.{layer}.mlp", place=build.plan.mlps[layer])
     return DecoderLayer(build, layer, attention, mlp)

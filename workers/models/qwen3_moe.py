@@ -4,15 +4,9 @@ from workers.errors import BadModelConfig
 from workers.layers.attention import SelfAttention
 from workers.layers.build import Build
 from workers.layers.mlp import GatedMLP
-from workers.layers.moe import ExpertNames, FusedExpertNames, SparseMLP
+from workers.layers.moe import MLP, ExpertNames, FusedExpertNames, SoftmaxRouter, SparseMLP
 from workers.model_config import MoeConfig
-from workers.models.decoder import MLP, Decoder, DecoderLayer
-
-DEFAULTS: dict[str, object] = {
-    "sliding_window": 4096,
-    "num_experts_per_tok": 8,
-    "moe_intermediate_size": 768,
-}
+from workers.models.decoder import Decoder, DecoderLayer
 
 
 def build_qwen3_moe(build: Build) -> Decoder:
@@ -30,6 +24,7 @@ def _layer(build: Build, layer: int, moe: MoeConfig, window: int | None) -> Deco
         build, layer, qkv_bias=bias, out_bias=bias, qk_norm=True, sliding_window=window
     )
     prefix = f"model.layers.{layer}.mlp"
+    place = build.plan.mlps[layer]
     mlp: MLP
     if moe.is_sparse(layer):
         names = ExpertNames(
@@ -43,7 +38,8 @@ def _layer(build: Build, layer: int, moe: MoeConfig, window: int | None) -> Deco
             gate_up=f"{prefix}.experts.gate_up_proj",
             down=f"{prefix}.experts.down_proj",
         )
-        mlp = SparseMLP(build, moe, names, fused, norm_topk_prob=moe.norm_topk_prob)
+        router = SoftmaxRouter(moe.num_experts_per_token, normalise=moe.norm_topk_prob)
+        mlp = SparseMLP(build, moe, names, fused, place=place, router=router)
     else:
-        mlp = GatedMLP(build, prefix, group=build.groups.dense_tp)
+        mlp = GatedMLP(build, prefix, place=place)
     return DecoderLayer(build, layer, attention, mlp)

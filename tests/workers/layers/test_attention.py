@@ -2,7 +2,9 @@
 
 import torch
 
+from parallel.dp_attention import Activation
 from parallel.layout import Layout
+from parallel.plan import Rows
 from parallel.thread_world import run_thread_world
 from tests.workers.layers.tiny import build_on
 from workers.layers.attention import SelfAttention
@@ -29,10 +31,12 @@ def test_the_back_end_gets_this_ranks_heads_and_the_layers_settings():
                 part.into.fill_(0.1)
         rotary = RotaryTable(build.config.rope, 8, 64, build.device, build.dtype)
         recorder = Recorder()
-        out = layer.forward(torch.ones(5, 32), rotary.at(torch.arange(5)), recorder)
-        return recorder.shapes, recorder.settings, out.shape
+        x = Activation(torch.ones(5, 32), Rows.TP_ATTN_FULL)
+        out = layer.forward(x, rotary.at(torch.arange(5)), recorder, None)
+        return recorder.shapes, recorder.settings, out
 
-    for shapes, settings, out_shape in run_thread_world(Layout(tp_size=4), body):
+    for shapes, settings, out in run_thread_world(Layout(tp_size=4), body):
         assert shapes == [(5, 1, 8)] * 3
         assert settings == (3, 8**-0.5, 16)
-        assert out_shape == (5, 32)
+        assert out.tensor.shape == (5, 32)
+        assert out.owed.name == "attn_tp"

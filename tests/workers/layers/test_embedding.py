@@ -7,7 +7,7 @@ from torch.nn import functional
 from parallel.layout import Layout
 from parallel.thread_world import run_thread_world
 from tests.workers.layers.tiny import build_on, fill
-from workers.layers.embedding import LMHead, VocabParallelEmbedding, VocabWeight
+from workers.layers.embedding import LMHead, VocabParallelEmbedding, VocabWeight, vocab_sources
 
 
 @pytest.mark.parametrize("tp_size", [1, 2, 4])
@@ -19,10 +19,11 @@ def test_equals_the_whole_vocabulary(vocab_size, tp_size):
     kept = ids.clone()
 
     def body(rank, groups):
-        vocab = VocabWeight(build_on(groups, vocab_size=vocab_size), "embed")
-        fill(vocab.sources(), {"embed.weight": weight})
+        build = build_on(groups, vocab_size=vocab_size)
+        vocab = VocabWeight(build, "embed", groups.attn_tp)
+        fill(vocab_sources([vocab]), {"embed.weight": weight})
         rows = VocabParallelEmbedding(vocab).forward(ids)
-        return rows, LMHead(vocab, vocab_size).forward(rows)
+        return rows, LMHead(build, vocab).forward(rows)
 
     for rows, logits in run_thread_world(Layout(tp_size=tp_size), body):
         assert torch.equal(rows, weight[ids])
@@ -33,7 +34,8 @@ def test_equals_the_whole_vocabulary(vocab_size, tp_size):
 
 def test_logits_are_float32_whatever_the_model():
     def body(rank, groups):
-        vocab = VocabWeight(build_on(groups, torch.bfloat16), "embed")
-        return LMHead(vocab, 259).forward(torch.zeros(2, 32, dtype=torch.bfloat16)).dtype
+        build = build_on(groups, torch.bfloat16)
+        vocab = VocabWeight(build, "embed", groups.attn_tp)
+        return LMHead(build, vocab).forward(torch.zeros(2, 32, dtype=torch.bfloat16)).dtype
 
     assert run_thread_world(Layout(tp_size=2), body) == [torch.float32] * 2

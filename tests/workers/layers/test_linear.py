@@ -4,8 +4,11 @@ import pytest
 import torch
 from torch.nn import functional
 
+from parallel.collectives import all_reduce
+from parallel.dp_attention import UnreducedError
 from parallel.groups import single_rank_groups
 from parallel.layout import Layout
+from parallel.plan import Place, Rows
 from parallel.thread_world import run_thread_world
 from tests.workers.layers.tiny import build_on, fill
 from workers.errors import BadSplit
@@ -20,25 +23,38 @@ from workers.layers.linear import (
 TP4 = Layout(tp_size=4)
 
 
-def test_use_dp_attention_reduce_cannot_be_left_out():
+@pytest.mark.row("S3")
+def test_a_row_parallel_layer_without_a_place_cannot_be_built():
     build = build_on(single_rank_groups())
-    with pytest.raises(TypeError, match="use_dp_attention_reduce"):
-        RowParallelLinear(build, "x", 8, 8, group=build.groups.tp)  # pyright: ignore[reportCallIssue]
+    with pytest.raises(TypeError, match="place"):
+        RowParallelLinear(build, "x", 8, 8)  # pyright: ignore[reportCallIssue]
 
 
-def test_use_dp_attention_reduce_chooses_the_group():
+@pytest.mark.row("S2")
+def test_the_place_says_whether_one_replica_sums():
     layout = Layout(tp_size=4, dp_size=2, enable_dp_attention=True)
+    places = (Place(Rows.TP_ATTN_FULL, "attn_tp"), Place(Rows.FULL, "tp"))
 
     def sizes(rank, groups):
-        build = build_on(groups)
-        return [
-            RowParallelLinear(
-                build, "x", 8, 8, group=groups.tp, use_dp_attention_reduce=flag
-            ).group.name
-            for flag in (True, False)
-        ]
+        layers = [RowParallelLinear(build_on(groups), "x", 8, 8, place=each) for each in places]
+        return [(layer.group.name, layer.use_dp_attention_reduce) for layer in layers]
 
-    assert run_thread_world(layout, sizes) == [["attn_tp", "tp"]] * 4
+    assert run_thread_world(layout, sizes) == [[("attn_tp", True), ("tp", False)]] * 4
+
+
+@pytest.mark.row("S14")
+def test_an_addend_is_not_taken_for_the_sum():
+    def body(rank, groups):
+        layer = RowParallelLinear(build_on(groups), "x", 8, 8, place=Place(Rows.FULL, "tp"))
+        out = layer.forward(torch.zeros(1, 8 // groups.tp.size))
+        with pytest.raises(UnreducedError, match="FULL, owed over tp and FULL, summed, are needed"):
+            out.final(Rows.FULL)
+        with pytest.raises(UnreducedError, match="built for another group than the plan's"):
+            out.addend(Rows.FULL, groups.attn_tp)
+        return out.addend(Rows.FULL, groups.tp) is out.tensor
+
+    layout = Layout(tp_size=4, dp_size=2, enable_dp_attention=True)
+    assert run_thread_world(layout, body) == [True] * 4
 
 
 @pytest.mark.parametrize("num_rows", [0, 1, 5])
@@ -58,11 +74,9 @@ def test_column_then_row_equals_the_whole_product(bias, num_rows):
     def body(rank, groups):
         build = build_on(groups)
         column = ColumnParallelLinear(build, 6, [even_columns("a", 12, groups.tp)], bias=bias)
-        row = RowParallelLinear(
-            build, "b", 12, 5, group=groups.tp, use_dp_attention_reduce=False, bias=bias
-        )
+        row = RowParallelLinear(build, "b", 12, 5, place=Place(Rows.FULL, "tp"), bias=bias)
         fill([*column.sources(), *row.sources()], full)
-        return row.forward(column.forward(x))
+        return all_reduce(row.forward(column.forward(x)).addend(Rows.FULL, groups.tp), groups.tp)
 
     for out in run_thread_world(TP4, body):
         torch.testing.assert_close(out, expected)

@@ -8,8 +8,11 @@ import torch
 from torch import Tensor
 
 from parallel.groups import Groups
+from parallel.plan import PlanSettings, compile_plan
+from workers.architectures import layers_of
 from workers.layers.build import Build
 from workers.model_config import ModelConfig, RopeConfig
+from workers.models import layout_of
 from workers.weights import Source
 
 CONFIG = ModelConfig(
@@ -39,7 +42,9 @@ CONFIG = ModelConfig(
 
 
 def build_on(groups: Groups, dtype: torch.dtype = torch.float32, **changes: Any) -> Build:
-    return Build(replace(CONFIG, **changes), groups, torch.device("cpu"), dtype)
+    config = replace(CONFIG, **changes)
+    plan = compile_plan(layout_of(groups), PlanSettings(), layers_of(config))
+    return Build(config, groups, torch.device("cpu"), dtype, plan)
 
 
 def fill(sources: Sequence[Source], full: Mapping[str, Tensor]) -> None:

@@ -1,0 +1,218 @@
+"""Rows of a step over attention replicas: who has which, and how they are brought together.
+
+Every rank knows every replica's row count from the step's header, so all that follows is worked
+out without asking: a `RowSplit` is the arithmetic of one step, and the functions below it move rows
+between the three layouts of `parallel.plan.Rows`. Each makes one collective, over the group that it
+is given:
+
+    gather_replica   SCATTERED -> TP_ATTN_FULL   all-gather over attn_tp
+    sum_to_shares    TP_ATTN_FULL -> SCATTERED   reduce-scatter over attn_tp
+    gather_all       SCATTERED -> FULL           all-gather over tp
+    sum_to_share     FULL -> SCATTERED           reduce-scatter over tp
+
+Where the ranks' shares are unequal, every rank's part of a collective is as long as the longest
+share, or, where that would move more than all rows twice, the rows are summed in one buffer that is
+zero where a rank has nothing. What is exchanged has the same shape on all ranks either way.
+
+    >>> split = RowSplit(rows=(4, 2), num_real=(3, 2), attn_tp=2, replica=0, place=1)
+    >>> split.shares, split.share, split.own
+    ((2, 2, 1, 1), slice(2, 4, None), slice(0, 4, None))
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from parallel.collectives import (
+    all_gather_rows,
+    all_reduce,
+    all_to_all_rows,
+    reduce_scatter_rows,
+)
+from parallel.groups import Group
+from parallel.plan import Rows
+
+
+class UnreducedError(RuntimeError):
+    """Rows that are a part of a sum, or a part of the rows, were taken for the whole."""
+
+
+class Activation(NamedTuple):
+    """Rows of a step together with what they are."""
+
+    tensor: Tensor
+    rows: Rows
+    owed: Group | None = None
+    """Each rank of this group holds an addend; None if the values are final."""
+
+    def final(self, rows: Rows) -> Tensor:
+        """The tensor, for one who needs final values in layout `rows`."""
+        if self.owed is not None or self.rows is not rows:
+            raise UnreducedError(
+                f"rows are {self} and {rows.value}, summed, are needed: a collective is missing"
+            )
+        return self.tensor
+
+    def addend(self, rows: Rows, owed: Group | None) -> Tensor:
+        """The tensor, for one who is about to sum it over `owed`."""
+        mine, theirs = self.owed, owed
+        if self.rows is not rows or (mine and mine.members) != (theirs and theirs.members):
+            over = f"owed over {theirs.name}" if theirs else "summed"
+            raise UnreducedError(
+                f"rows are {self} and {rows.value}, {over}, are needed: the layer was built for "
+                "another group than the plan's"
+            )
+        return self.tensor
+
+    def __str__(self) -> str:
+        return f"{self.rows.value}, {f'owed over {self.owed.name}' if self.owed else 'summed'}"
+
+
+class RowCounts(NamedTuple):
+    """What a step's header says of rows, for every replica of the domain."""
+
+    num_real: tuple[int, ...]
+    """Rows that are tokens."""
+    padded: tuple[int, ...]
+    """Rows as the model sees them; what is past the real ones is padding."""
+    num_logit_rows: tuple[int, ...]
+
+
+class RowSplit:
+    """The rows of one step, as one rank sees them.
+
+    Replica r's rows come r-th in FULL. A replica's rows are cut into `attn_tp` shares of equal
+    length, the last ones shorter or empty where they do not divide.
+    """
+
+    def __init__(
+        self,
+        *,
+        rows: tuple[int, ...],
+        num_real: tuple[int, ...],
+        attn_tp: int,
+        replica: int,
+        place: int,
+        device: torch.device | None = None,
+    ) -> None:
+        """`place` is this rank's in its attention-TP group, `replica` its in attn_dp."""
+        self.num_rows = rows[replica]
+        """Rows of this replica."""
+        self.num_real = num_real[replica]
+        self.total = sum(rows)
+        lengths = [-(-count // attn_tp) for count in rows]
+        self.shares = tuple(
+            min(length, max(0, count - part * length))
+            for count, length in zip(rows, lengths, strict=True)
+            for part in range(attn_tp)
+        )
+        """Rows of every tp rank, scattered."""
+        self.longest = max(self.shares)
+        start = sum(rows[:replica])
+        self.own = slice(start, start + self.num_rows)
+        """This replica's rows in FULL."""
+        self.share_length = lengths[replica]
+        mine = replica * attn_tp + place
+        first = place * self.share_length
+        self.share = slice(min(first, self.num_rows), min(first + self.share_length, self.num_rows))
+        """This rank's share of its replica's rows."""
+        self.share_in_all = slice(start + self.share.start, start + self.share.stop)
+        self.num_share = self.shares[mine]
+        self.is_even = len(set(self.shares)) == 1
+        self.uses_slots = len(self.shares) * self.longest <= 2 * self.total
+        """Uneven shares are exchanged in slots of the longest, not summed in one buffer."""
+        self._rows, self._num_real, self._device = rows, num_real, device
+        self._slots: Tensor | None = None
+        self._live: dict[Rows, Tensor | None] = {}
+
+    @property
+    def slots(self) -> Tensor:
+        """For each row of FULL its place among the ranks' slots."""
+        if self._slots is None:
+            parts = [
+                torch.arange(rank * self.longest, rank * self.longest + share)
+                for rank, share in enumerate(self.shares)
+            ]
+            self._slots = torch.cat(parts).to(self._device)
+        return self._slots
+
+    def live(self, rows: Rows) -> Tensor | None:
+        """Which rows are tokens (bool), in a layout; None if all are."""
+        if self._rows == self._num_real:
+            return None
+        if rows not in self._live:
+            self._live[rows] = self._live_rows(rows).to(self._device)
+        return self._live[rows]
+
+    def _live_rows(self, rows: Rows) -> Tensor:
+        if rows is Rows.FULL:
+            counts = zip(self._rows, self._num_real, strict=True)
+            return torch.cat([torch.arange(count) < real for count, real in counts])
+        own_T = torch.arange(self.num_rows) < self.num_real
+        return own_T if rows is Rows.TP_ATTN_FULL else own_T[self.share]
+
+
+def _lengthened(x_TD: Tensor, length: int) -> Tensor:
+    """With rows of zeros at the end, if it is shorter than `length`."""
+    missing = length - x_TD.shape[0]
+    if missing == 0:
+        return x_TD
+    return torch.cat([x_TD, x_TD.new_zeros(missing, *x_TD.shape[1:])])
+
+
+def take_share(x_TD: Tensor, split: RowSplit) -> Tensor:
+    """This rank's share of its replica's rows: no collective, no copy."""
+    return x_TD[split.share]
+
+
+def gather_replica(x_SD: Tensor, split: RowSplit, attn_tp: Group) -> Tensor:
+    """All rows of this rank's replica, from its ranks' shares."""
+    gathered = all_gather_rows(_lengthened(x_SD, split.share_length), attn_tp)
+    return gathered[: split.num_rows]
+
+
+def sum_to_shares(x_TD: Tensor, split: RowSplit, attn_tp: Group) -> Tensor:
+    """This rank's share of the replica's rows, summed over the replica's ranks."""
+    length = split.share_length * attn_tp.size
+    return reduce_scatter_rows(_lengthened(x_TD, length), attn_tp)[: split.num_share]
+
+
+def gather_all(x_SD: Tensor, split: RowSplit, tp: Group) -> Tensor:
+    """All rows of all replicas, from the shares of all ranks."""
+    if split.is_even:
+        return all_gather_rows(x_SD, tp)
+    if split.uses_slots:
+        return all_gather_rows(_lengthened(x_SD, split.longest), tp).index_select(0, split.slots)
+    all_ND = x_SD.new_zeros(split.total, *x_SD.shape[1:])
+    all_ND[split.share_in_all] = x_SD
+    return all_reduce(all_ND, tp)
+
+
+def sum_to_share(x_ND: Tensor, split: RowSplit, tp: Group) -> Tensor:
+    """This rank's share of all rows, summed over all ranks."""
+    if split.is_even:
+        return reduce_scatter_rows(x_ND, tp)
+    if split.uses_slots:
+        slots = x_ND.new_zeros(tp.size * split.longest, *x_ND.shape[1:])
+        slots.index_copy_(0, split.slots, x_ND)
+        return reduce_scatter_rows(slots, tp)[: split.num_share]
+    return all_reduce(x_ND, tp)[split.share_in_all]
+
+
+def gather_logit_rows(x_RD: Tensor, counts: tuple[int, ...], attn_dp: Group) -> Tensor:
+    """Every replica's rows (P, M, D) of which `counts` are its own; M is the most of them."""
+    longest = max(counts)
+    slots = all_gather_rows(_lengthened(x_RD, longest), attn_dp)
+    return slots.view(attn_dp.size, longest, *x_RD.shape[1:])
+
+
+def answer_logit_rows(x_PMV: Tensor, count: int, tp: Group) -> Tensor:
+    """Of this rank's columns (P, M, V) of all rows, send every rank those of its own rows.
+
+    What comes back are all columns (count, W * V) of this rank's.
+    """
+    num_replicas, longest, width = x_PMV.shape
+    to_each = x_PMV.repeat_interleave(tp.size // num_replicas, 0).view(-1, width)
+    mine_WMV = all_to_all_rows(to_each, tp).view(tp.size, longest, width)[:, :count]
+    return mine_WMV.transpose(0, 1).reshape(count, tp.size * width)

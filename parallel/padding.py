@@ -1,0 +1,51 @@
+"""How many rows each replica is given in a step, so that rows of unequal replicas can meet.
+
+The driver decides from the counts of all replicas and writes the result into the step's header; no
+rank asks another. MAX_LEN pads all replicas to the longest, which makes every collective one of
+equal parts. SUM_LEN leaves them unequal: fewer rows are computed, and they are exchanged either
+through slots of the longest share or by summing one buffer, whichever moves less
+(`parallel.dp_attention`).
+
+    >>> pad_rows((8, 8, 8, 8, 0, 0, 0, 0), has_prompts=False, row_multiple=1).mode
+    'max_len'
+    >>> pad_rows((8, 8, 8, 7, 0, 0, 0, 0), has_prompts=False, row_multiple=1)
+    Padded(mode='sum_len', rows=(8, 8, 8, 7, 0, 0, 0, 0))
+"""
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+PaddingMode = Literal["max_len", "sum_len"]
+
+
+class Padded(NamedTuple):
+    mode: PaddingMode
+    rows: tuple[int, ...]
+    """Of each replica, as the model sees them."""
+
+
+def choose_padding(num_rows: Sequence[int], *, has_prompts: bool) -> PaddingMode:
+    """SUM_LEN for prompts, else what moves fewer rows; a tie goes to MAX_LEN.
+
+    Gathering equal parts moves the longest count times the replicas; summing one buffer of all
+    rows moves each of them twice.
+    """
+    if has_prompts and len(num_rows) > 1:
+        return "sum_len"
+    return "max_len" if 2 * sum(num_rows) >= max(num_rows) * len(num_rows) else "sum_len"
+
+
+def pad_rows(
+    num_rows: Sequence[int],
+    *,
+    has_prompts: bool,
+    row_multiple: int,
+    mode: PaddingMode | None = None,
+) -> Padded:
+    """Every replica's rows, padded to the plan's `row_multiple`, in a chosen or a given mode."""
+    aligned = [-(-count // row_multiple) * row_multiple for count in num_rows]
+    if mode is None:
+        mode = choose_padding(aligned, has_prompts=has_prompts)
+    if mode == "max_len":
+        aligned = [max(aligned)] * len(aligned)
+    return Padded(mode, tuple(aligned))

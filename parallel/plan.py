@@ -1,0 +1,438 @@
+"""Which collectives a model's layers need, worked out once from sizes, settings and layers.
+
+A step's rows lie in one of three layouts (`Rows`). Attention and the MLP of a layer each want
+theirs, and between the two is a `Boundary`: the rows are summed over the group that still owes a
+sum, added to the residual stream, normalised, and brought to where they are wanted. `compile_plan`
+says for every boundary which collectives that takes, over which group, and refuses with a sentence
+what it cannot do. `workers.layers.communicator` executes boundaries; the driver reads
+`row_multiple` off the plan to pad with; `lockstep plan` prints it.
+
+Arithmetic only: no torch, no process group. Whether a step's replicas hold equal numbers of rows
+(`parallel.padding`) does not change the plan, only how many rows its collectives move.
+
+    >>> layers = ModelLayers("Qwen3MoeForCausalLM", sparse=(False, True))
+    >>> layout = Layout(tp_size=4, dp_size=2, enable_dp_attention=True)
+    >>> plan = compile_plan(layout, PlanSettings(), layers)
+    >>> [str(one) for one in plan.boundaries[1].collectives]
+    ['reduce_scatter over attn_tp', 'all_gather over tp']
+    >>> plan.row_multiple, plan.require_gathered_buffer
+    (2, True)
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from typing import Literal, NamedTuple
+
+from parallel.layout import GroupName, Layout
+
+A2ABackend = Literal["none", "torch"]
+Op = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all"]
+
+
+class PlanError(ValueError):
+    """A combination that no plan exists for; the message says which setting to change."""
+
+
+class Rows(Enum):
+    """Where the rows of a step are. Four ranks, two replicas with rows ab and cd:
+
+    SCATTERED a|b|c|d, TP_ATTN_FULL ab|ab|cd|cd, FULL abcd on all ranks.
+    """
+
+    SCATTERED = "SCATTERED"
+    TP_ATTN_FULL = "TP_ATTN_FULL"
+    FULL = "FULL"
+
+
+class Collective(NamedTuple):
+    """One collective and the group it runs over."""
+
+    op: Op
+    group: GroupName
+
+    def __str__(self) -> str:
+        return f"{self.op} over {self.group}"
+
+
+class Place(NamedTuple):
+    """Where a layer works: on which rows, and over which ranks its weights are split."""
+
+    rows: Rows
+    group: GroupName | None
+    """None: every rank holds the whole layer."""
+
+
+class Move(NamedTuple):
+    """Rows from one layout to another, with at most one collective.
+
+    With `op` None, rows stay or a rank keeps the part of them that it has already.
+    """
+
+    source: Rows
+    target: Rows
+    op: Op | None = None
+    group: GroupName | None = None
+
+    @property
+    def collectives(self) -> tuple[Collective, ...]:
+        return (Collective(self.op, self.group),) if self.op and self.group else ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Boundary:
+    """From one half of a layer to the next, through the residual stream and a norm.
+
+    First `collect` brings what came to `collect.target` and takes the sum that `owed` owes; there
+    it is added to the residual stream. `widen` then moves the stream itself, if the next halves
+    want it whole. The norm is computed on `widen.target`, and `spread` brings its rows on.
+    """
+
+    where: str
+    owed: GroupName | None
+    """The group over which what comes in is yet to be summed."""
+    residual: Rows
+    """Where the residual stream is when the boundary begins; it goes on from `widen.target`."""
+    collect: Move
+    widen: Move
+    spread: Move
+
+    @property
+    def collectives(self) -> tuple[Collective, ...]:
+        return (*self.collect.collectives, *self.widen.collectives, *self.spread.collectives)
+
+
+class PlanSettings(NamedTuple):
+    """The settings that a plan depends on, beside the layout."""
+
+    enable_dp_lm_head: bool = False
+    moe_a2a_backend: A2ABackend = "none"
+    disable_attn_tp_gather: bool = False
+
+
+class ModelLayers(NamedTuple):
+    """What a plan must know of a model."""
+
+    architecture: str
+    sparse: tuple[bool, ...]
+    """For each layer whether its MLP is a mixture of experts."""
+    gathers_in_attention: bool = False
+    """Its attention can gather and scatter rows itself, inside the block."""
+
+
+class Stage(NamedTuple):
+    """Collectives of one place in the model, for a reader."""
+
+    where: str
+    rows: str
+    collectives: tuple[Collective, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What every rank of a domain does between layers, the same on all of them."""
+
+    layout: Layout
+    settings: PlanSettings
+    model: ModelLayers
+    attention: Place
+    mlps: tuple[Place, ...]
+    head: Place
+    boundaries: tuple[Boundary, ...]
+    """Into attention and into the MLP of every layer, in order, and into the head."""
+
+    def into_attention(self, layer: int) -> Boundary:
+        return self.boundaries[2 * layer]
+
+    def into_mlp(self, layer: int) -> Boundary:
+        return self.boundaries[2 * layer + 1]
+
+    @property
+    def into_head(self) -> Boundary:
+        return self.boundaries[-1]
+
+    def stages(self) -> Iterator[Stage]:
+        """All collectives of a forward pass, in order."""
+        attn_tp = self.layout.attn_tp_size > 1
+        embedding = (Collective("all_reduce", "attn_tp"),) if attn_tp else ()
+        yield Stage("embedding", Rows.TP_ATTN_FULL.value, embedding)
+        for layer in range(len(self.mlps)):
+            yield _stage(self.into_attention(layer))
+            if self.attention.rows is Rows.SCATTERED:
+                inside = (
+                    Collective("all_gather", "attn_tp"),
+                    Collective("reduce_scatter", "attn_tp"),
+                )
+                yield Stage(f"layer {layer}, inside attention", Rows.TP_ATTN_FULL.value, inside)
+            yield _stage(self.into_mlp(layer))
+            inside = self._inside_mlp(layer)
+            if inside:
+                yield Stage(f"layer {layer}, inside MLP", self.mlps[layer].rows.value, inside)
+        yield _stage(self.into_head)
+        yield Stage("logits", self.head.rows.value, self._logits())
+
+    @property
+    def collectives(self) -> tuple[Collective, ...]:
+        return tuple(one for stage in self.stages() for one in stage.collectives)
+
+    @property
+    def is_scattered(self) -> bool:
+        """Whether anywhere a rank holds only its share of its replica's rows."""
+        if self.layout.attn_tp_size == 1:
+            return False
+        moves = [m for b in self.boundaries for m in (b.collect, b.widen, b.spread)]
+        return any(Rows.SCATTERED in (move.source, move.target) for move in moves)
+
+    @property
+    def row_multiple(self) -> int:
+        """What a replica's rows are padded to a multiple of."""
+        if self.attention.rows is Rows.SCATTERED:
+            return 1  # the block pads inside its own collectives
+        return self.layout.attn_tp_size if self.is_scattered else 1
+
+    @property
+    def crosses_replicas(self) -> bool:
+        """Whether ranks of different attention replicas meet in any collective of a step."""
+        return any(self._crosses(one.group) for one in set(self.collectives))
+
+    @property
+    def require_mlp_tp_gather(self) -> bool:
+        """Rows of all replicas are gathered, for an MLP or for the head."""
+        if self.layout.attn_dp_size == 1:
+            return False
+        return self.head.rows is Rows.FULL or any(mlp.rows is Rows.FULL for mlp in self.mlps)
+
+    @property
+    def require_attn_tp_gather(self) -> bool:
+        """Between layers, rows scattered over attn_tp for an MLP are gathered for attention."""
+        if self.attention.rows is Rows.SCATTERED:
+            return False
+        return any(mlp.rows is Rows.SCATTERED for mlp in self.mlps)
+
+    @property
+    def require_gathered_buffer(self) -> bool:
+        return self.require_mlp_tp_gather or self.require_attn_tp_gather
+
+    @property
+    def require_mlp_sync(self) -> bool:
+        """Ranks must know more of a step than their own rows. The header tells them, at no cost."""
+        return self.crosses_replicas or self.require_gathered_buffer
+
+    def _crosses(self, group: GroupName) -> bool:
+        layout = self.layout
+        members = layout.members(group, 0)
+        return len({layout.coordinates(rank).attn_dp for rank in members}) > 1
+
+    def _inside_mlp(self, layer: int) -> tuple[Collective, ...]:
+        """An all-to-all dispatcher's: rows, their choices, and the results back."""
+        scattered = self.settings.moe_a2a_backend != "none" and self.layout.ep_size > 1
+        if self.model.sparse[layer] and scattered:
+            return (Collective("all_to_all", "moe_ep"),) * 3
+        return ()
+
+    def _logits(self) -> tuple[Collective, ...]:
+        if self.head.rows is Rows.FULL:
+            return Collective("all_gather", "attn_dp"), Collective("all_to_all", "tp")
+        if self.layout.attn_tp_size > 1:
+            return (Collective("all_gather", "attn_tp"),)
+        return ()
+
+
+def compile_plan(layout: Layout, settings: PlanSettings, model: ModelLayers) -> Plan:
+    """The plan of a model on a layout; a `PlanError` if there is none."""
+    _refuse(layout, settings, model)
+    shape = _Shape(layout)
+    inside = settings.disable_attn_tp_gather and model.gathers_in_attention
+    attention = Place(
+        shape.rows(Rows.SCATTERED) if inside else Rows.TP_ATTN_FULL, shape.group("attn_tp")
+    )
+    mlps = tuple(_mlp_place(shape, settings, is_sparse) for is_sparse in model.sparse)
+    streams = [_stream(shape, attention, mlp) for mlp in mlps]
+    boundaries: list[Boundary] = []
+    came, owed, residual = Rows.TP_ATTN_FULL, None, Rows.TP_ATTN_FULL
+    for layer, (mlp, stream) in enumerate(zip(mlps, streams, strict=True)):
+        first = _into_attention(
+            shape, f"layer {layer}, into attention", came, owed, residual, attention.rows, stream
+        )
+        residual = first.widen.target
+        owed = None if attention.rows is Rows.SCATTERED else attention.group
+        second = _into_mlp(
+            shape, f"layer {layer}, into MLP", attention.rows, owed, residual, mlp.rows, stream
+        )
+        boundaries += [first, second]
+        residual = second.widen.target
+        came, owed = mlp.rows, _owed_by_mlp(shape, settings, mlp, model.sparse[layer])
+    last = _into_attention(shape, "into head", came, owed, residual, Rows.TP_ATTN_FULL, None)
+    spans = layout.attn_dp_size > 1 and not settings.enable_dp_lm_head
+    return Plan(
+        layout=layout,
+        settings=settings,
+        model=model,
+        attention=attention,
+        mlps=mlps,
+        head=Place(Rows.FULL, "tp") if spans else Place(Rows.TP_ATTN_FULL, shape.group("attn_tp")),
+        boundaries=(*boundaries, last),
+    )
+
+
+class _Shape(NamedTuple):
+    """The layout, as far as it decides which row layouts are the same."""
+
+    layout: Layout
+
+    def rows(self, rows: Rows) -> Rows:
+        """One name for layouts that hold the same rows on every rank."""
+        if rows is Rows.FULL and self.layout.attn_dp_size == 1:
+            return Rows.TP_ATTN_FULL
+        if rows is Rows.SCATTERED and self.layout.attn_tp_size == 1:
+            return Rows.TP_ATTN_FULL
+        return rows
+
+    def group(self, name: GroupName) -> GroupName | None:
+        """The group, unless it is one rank."""
+        return name if len(self.layout.members(name, 0)) > 1 else None
+
+    def move(self, source: Rows, target: Rows, owed: GroupName | None) -> Move:
+        """Take the sum that `owed` owes, if any, and end in `target`."""
+        if source is target:
+            return Move(source, target, "all_reduce" if owed else None, owed)
+        if source is Rows.TP_ATTN_FULL and target is Rows.SCATTERED:
+            return Move(source, target, "reduce_scatter" if owed else None, owed)
+        if source is Rows.FULL and target is not Rows.FULL and owed == "tp":
+            return Move(source, target, "reduce_scatter", "tp")
+        if owed is None and target is Rows.FULL:
+            return Move(source, target, "all_gather", "tp")
+        if owed is None and source is Rows.SCATTERED and target is Rows.TP_ATTN_FULL:
+            return Move(source, target, "all_gather", "attn_tp")
+        raise PlanError(
+            f"rows in layout {source.value} that owe a sum over {owed or 'no group'} cannot be "
+            f"brought to {target.value} with one collective"
+        )
+
+
+def _mlp_place(shape: _Shape, settings: PlanSettings, is_sparse: bool) -> Place:
+    layout = shape.layout
+    if is_sparse:
+        if settings.moe_a2a_backend != "none":
+            return Place(shape.rows(Rows.SCATTERED), None)
+        return Place(shape.rows(Rows.FULL), shape.group("tp"))
+    if layout.moe_dense_tp_size in (None, layout.tp_size):
+        return Place(shape.rows(Rows.FULL), shape.group("tp"))
+    if layout.moe_dense_tp_size == layout.attn_tp_size:
+        return Place(Rows.TP_ATTN_FULL, shape.group("attn_tp"))
+    return Place(shape.rows(Rows.SCATTERED), None)
+
+
+def _owed_by_mlp(
+    shape: _Shape, settings: PlanSettings, mlp: Place, is_sparse: bool
+) -> GroupName | None:
+    if is_sparse and settings.moe_a2a_backend != "none":
+        return None
+    return mlp.group
+
+
+def _stream(shape: _Shape, attention: Place, mlp: Place) -> Rows:
+    """Where the residual stream is while a layer's MLP works."""
+    if attention.rows is Rows.SCATTERED:
+        return Rows.SCATTERED
+    return mlp.rows if mlp.rows is Rows.TP_ATTN_FULL else shape.rows(Rows.SCATTERED)
+
+
+def _into_attention(
+    shape: _Shape,
+    where: str,
+    came: Rows,
+    owed: GroupName | None,
+    residual: Rows,
+    target: Rows,
+    stream: Rows | None,
+) -> Boundary:
+    """From an MLP, or the embedding, to attention; `stream` is what the layer after it wants.
+
+    Rows that come scattered are added scattered. Where the next MLP wants the stream whole, the
+    sum is gathered and normalised after that; else its norm is computed on fewer rows first.
+    """
+    at = came
+    if came is Rows.FULL or Rows.SCATTERED in (target, residual):
+        at = shape.rows(Rows.SCATTERED)
+    whole = at is Rows.SCATTERED and target is stream is Rows.TP_ATTN_FULL
+    norm = target if whole else at
+    return Boundary(
+        where=where,
+        owed=owed,
+        residual=residual,
+        collect=shape.move(came, at, owed),
+        widen=shape.move(at, norm, None),
+        spread=shape.move(norm, target, None),
+    )
+
+
+def _into_mlp(
+    shape: _Shape,
+    where: str,
+    came: Rows,
+    owed: GroupName | None,
+    residual: Rows,
+    target: Rows,
+    stream: Rows,
+) -> Boundary:
+    return Boundary(
+        where=where,
+        owed=owed,
+        residual=residual,
+        collect=shape.move(came, stream, owed),
+        widen=Move(stream, stream),
+        spread=shape.move(stream, target, None),
+    )
+
+
+def _stage(boundary: Boundary) -> Stage:
+    path = (boundary.collect.source, boundary.collect.target, boundary.spread.target)
+    names = [rows.value for i, rows in enumerate(path) if i == 0 or rows is not path[i - 1]]
+    return Stage(boundary.where, " > ".join(names), boundary.collectives)
+
+
+def _refuse(layout: Layout, settings: PlanSettings, model: ModelLayers) -> None:
+    reason = next(_reasons(layout, settings, model), None)
+    if reason is not None:
+        raise PlanError(reason)
+
+
+def _reasons(layout: Layout, settings: PlanSettings, model: ModelLayers) -> Iterator[str]:
+    """Why there is no plan, the first thing to change first."""
+    backend, ep = settings.moe_a2a_backend, layout.ep_size
+    if layout.attn_cp_size > 1:
+        yield (
+            f"attn_cp_size={layout.attn_cp_size}: context parallelism is not offered yet; set it "
+            "to 1"
+        )
+    if settings.enable_dp_lm_head and not layout.enable_dp_attention:
+        yield (
+            "enable_dp_lm_head splits the head within attention replicas, and there is one "
+            "without enable_dp_attention: set that too, or leave it off"
+        )
+    if settings.disable_attn_tp_gather and not model.gathers_in_attention:
+        yield (
+            f"disable_attn_tp_gather is for models that gather and scatter rows inside attention, "
+            f"and {model.architecture} is none: leave it off"
+        )
+    if not any(model.sparse):
+        if backend != "none":
+            yield f"moe_a2a_backend={backend}: {model.architecture} has no experts to send rows to"
+        if ep > 1 or layout.moe_dp_size > 1:
+            yield (
+                f"ep_size={ep}, moe_dp_size={layout.moe_dp_size}: {model.architecture} has no "
+                "experts to place; set both to 1"
+            )
+        return
+    if backend == "none" and layout.moe_dp_size > 1:
+        yield (
+            f"moe_dp_size={layout.moe_dp_size}: replicated experts take rows that are scattered, "
+            "so moe_a2a_backend must be torch; or set moe_dp_size to 1"
+        )
+    if backend != "none" and layout.moe_tp_size > 1:
+        yield (
+            f"moe_a2a_backend={backend} sends rows to whole experts, and ep_size={ep} x "
+            f"moe_dp_size={layout.moe_dp_size} leaves each split over {layout.moe_tp_size} ranks: "
+            f"set ep_size to {layout.tp_size // layout.moe_dp_size}"
+        )

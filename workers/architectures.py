@@ -1,0 +1,68 @@
+"""What is known of every architecture without building it: no torch, so the driver may read it.
+
+`workers.models` has the code of each, under the same names. `read_model_config` reads a folder,
+`plan_of` says what its layers' collectives would be under an engine's settings.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from parallel.plan import ModelLayers, Plan, compile_plan
+from workers import bundled
+from workers.config import EngineConfig
+from workers.model_config import ModelConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Architecture:
+    defaults: Mapping[str, object] = field(default_factory=dict)
+    """What the family means by fields that its config.json leaves out."""
+    gathers_in_attention: bool = False
+    """Its attention can gather and scatter rows inside the block (`disable_attn_tp_gather`)."""
+
+
+ARCHITECTURES: Mapping[str, Architecture] = {
+    "LlamaForCausalLM": Architecture(),
+    "MixtralForCausalLM": Architecture(
+        defaults={
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1e6,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+        },
+        gathers_in_attention=True,
+    ),
+    "Qwen2ForCausalLM": Architecture(defaults={"sliding_window": 4096}),
+    "Qwen3ForCausalLM": Architecture(defaults={"sliding_window": 4096, "head_dim": 128}),
+    "Qwen3MoeForCausalLM": Architecture(
+        defaults={
+            "sliding_window": 4096,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768,
+        },
+        gathers_in_attention=True,
+    ),
+}
+
+
+def read_model_config(folder: Path) -> ModelConfig:
+    """The folder's config.json; refuses architectures that are not in `ARCHITECTURES`."""
+    defaults = {name: one.defaults for name, one in ARCHITECTURES.items()}
+    return ModelConfig.read(folder, defaults)
+
+
+def layers_of(config: ModelConfig) -> ModelLayers:
+    """What a plan must know of a model."""
+    moe = config.moe
+    return ModelLayers(
+        config.architecture,
+        tuple(moe is not None and moe.is_sparse(layer) for layer in range(config.num_layers)),
+        ARCHITECTURES[config.architecture].gathers_in_attention,
+    )
+
+
+def plan_of(config: EngineConfig) -> Plan:
+    """The collective plan of the configured model; a ValueError says why there is none."""
+    folder = Path(config.model) if config.model else bundled.path()
+    return compile_plan(config.layout, config.plan_settings, layers_of(read_model_config(folder)))

@@ -1,0 +1,102 @@
+"""Between two halves of a layer: what the plan says happens to their rows, done.
+
+A `NormBoundary` takes what attention or an MLP gave, pays the sum it owes, adds it to the residual
+stream, normalises, and hands on rows in the layout that the next half works on. Which collectives
+that takes is settled by `parallel.plan` when the model is built; how rows move is in
+`parallel.dp_attention`. A half that gave other rows than the plan expects, or owes its sum to
+another group, is an error here, never a wrong number.
+"""
+
+from collections.abc import Callable
+from typing import Protocol
+
+from torch import Tensor
+
+from parallel.collectives import all_reduce
+from parallel.dp_attention import (
+    Activation,
+    RowSplit,
+    gather_all,
+    gather_replica,
+    sum_to_share,
+    sum_to_shares,
+    take_share,
+)
+from parallel.groups import Group
+from parallel.plan import Boundary, Move, PlanError, Rows
+from workers.layers.build import Build
+
+Mover = Callable[[Tensor, RowSplit | None], Tensor]
+
+
+class Norm(Protocol):
+    def forward(self, x_TD: Tensor) -> Tensor: ...
+
+    def add(self, x_TD: Tensor, residual_TD: Tensor) -> Tensor:
+        """Add `x` to the residual stream, in place, and normalise the sum."""
+        ...
+
+
+class NormBoundary:
+    def __init__(self, build: Build, boundary: Boundary, norm: Norm) -> None:
+        self._plan = boundary
+        self._norm = norm
+        self._owed = build.group(boundary.owed) if boundary.owed else None
+        self._source = boundary.collect.source
+        self._stream = boundary.widen.target
+        self._target = boundary.spread.target
+        self._collect = _mover(boundary.collect, build)
+        self._cut_residual = _mover(Move(boundary.residual, boundary.collect.target), build)
+        self._widen = _mover(boundary.widen, build)
+        self._spread = _mover(boundary.spread, build)
+
+    def forward(
+        self, x: Activation, residual: Activation | None, split: RowSplit | None
+    ) -> tuple[Activation, Activation]:
+        """(rows for the next half, residual stream). Without a residual stream, `x` begins it."""
+        x_TD = x.addend(self._source, self._owed)
+        if self._collect is not None:
+            x_TD = self._collect(x_TD, split)
+        if residual is None:
+            stream_TD, normal_TD = x_TD, self._norm.forward(x_TD)
+        else:
+            stream_TD = residual.final(self._plan.residual)
+            if self._cut_residual is not None:
+                stream_TD = self._cut_residual(stream_TD, split)
+            if self._widen is None:
+                normal_TD = self._norm.add(x_TD, stream_TD)
+            else:
+                stream_TD = self._widen(stream_TD.add_(x_TD), split)
+                normal_TD = self._norm.forward(stream_TD)
+        if self._spread is not None:
+            normal_TD = self._spread(normal_TD, split)
+        return Activation(normal_TD, self._target), Activation(stream_TD, self._stream)
+
+
+def _mover(move: Move, build: Build) -> Mover | None:
+    """What makes `move`; None where rows stay as they are."""
+    if move.op is None:
+        return None if move.source is move.target else _with_split(take_share)
+    group = build.group(move.group)
+    if move.op == "all_reduce":
+        return lambda x_TD, split: all_reduce(x_TD, group)
+    if move.op == "reduce_scatter":
+        return _over(sum_to_share if move.source is Rows.FULL else sum_to_shares, group)
+    if move.op == "all_gather":
+        return _over(gather_all if move.target is Rows.FULL else gather_replica, group)
+    raise PlanError(f"no boundary moves rows by {move.op}")
+
+
+def _over(function: Callable[[Tensor, RowSplit, Group], Tensor], group: Group) -> Mover:
+    return _with_split(lambda x_TD, split: function(x_TD, split, group))
+
+
+def _with_split(function: Callable[[Tensor, RowSplit], Tensor]) -> Mover:
+    def move(x_TD: Tensor, split: RowSplit | None) -> Tensor:
+        if split is None:
+            raise PlanError(
+                "rows are moved between ranks in a step that does not say whose they are"
+            )
+        return function(x_TD, split)
+
+    return move
