@@ -5,17 +5,23 @@ Two HTTP fronts and a real engine of two processes serve the bundled model, whil
 
 import asyncio
 import itertools
+import json
 import os
 import random
+import re
+import shutil
 import signal
 import socket
+import subprocess
 import threading
 import time
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import httpx
 import pytest
 import uvicorn
+import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from deployments.config import ServiceSettings
@@ -344,3 +350,98 @@ async def ends_late(http, url):
     async with http.stream("POST", f"{url}/v1/completions", json=LONG) as response:
         async for _ in response.aiter_lines():
             pass
+
+
+# What is drawn and what is alerted on.
+
+HELM = Path(__file__).resolve().parents[2] / "helm"
+KEYWORDS = {"and", "or", "unless", "bool", "offset"}
+ADDED_BY_PROMETHEUS = {"namespace", "job", "le"}
+ALERTS = {
+    *("NotReady", "MetricsAbsent", "RankDown", "RecoveryLoop", "StepSkew", "Desync", "QueueTime"),
+    *("KVFull", "PreemptionStorm", "RejectRate", "RequestsFail"),
+}
+
+
+def dashboard_queries():
+    dashboard = json.loads((HELM / "dashboards" / "lockstep.json").read_text())
+    for panel in dashboard["panels"]:
+        for target in panel.get("targets", ()):
+            yield panel["title"], target["expr"]
+
+
+def alert_rules():
+    groups = yaml.safe_load((HELM / "alerts" / "lockstep.yaml").read_text())["groups"]
+    return [rule for group in groups for rule in group["rules"]]
+
+
+def names_in(query):
+    """The metrics that a PromQL query asks for, and the labels that it groups or selects by."""
+    query, labels = re.sub(r'"[^"]*"', '""', query), set()
+    for listed in re.findall(r"\b(?:by|on|without|ignoring)\s*\(([^)]*)\)", query):
+        labels |= {label.strip() for label in listed.split(",")}
+    for matchers in re.findall(r"\{([^}]*)\}", query):
+        labels |= set(re.findall(r"(\w+)\s*[=!]", matchers))
+    bare = re.sub(r"\{[^}]*\}|\[[^\]]*\]", "", query)
+    bare = re.sub(r"\b(?:by|on|without|ignoring)\s*\([^)]*\)", "", bare)
+    metrics = set(re.findall(r"\b([a-zA-Z_:][\w:]*)\b(?!\s*\()", bare)) - KEYWORDS
+    return metrics, labels
+
+
+@pytest.mark.parametrize(
+    ("query", "metrics", "labels"),
+    [
+        ("up == 0", {"up"}, set()),
+        ('sum by (a, b) (rate(x_total{c="by (d)"}[5m])) / y', {"x_total", "y"}, {"a", "b", "c"}),
+        ("histogram_quantile(0.9, sum by (le)(rate(x_bucket[$i])))", {"x_bucket"}, {"le"}),
+        ("a and on (b) 1e3 * c offset 5m", {"a", "c"}, {"b"}),
+    ],
+)
+def test_names_are_found_in_queries(query, metrics, labels):
+    assert names_in(query) == (metrics, labels)
+
+
+def live(rig):
+    """Metric names of a scrape, with their labels."""
+    labels = ("attn_tp", "all_reduce", "symmetric", "")
+    rig.engine.counters.collectives.setdefault(labels, 1)
+    found = {}
+    for name, pairs in scrape(rig.url):
+        found.setdefault(name, set()).update(label for label, _ in pairs)
+    return found
+
+
+def test_every_query_asks_for_metrics_and_labels_that_there_are(rig):
+    found = live(rig)
+    queries = [*dashboard_queries(), *((rule["alert"], rule["expr"]) for rule in alert_rules())]
+    assert len(queries) > 40
+    for title, query in queries:
+        metrics, labels = names_in(query)
+        assert metrics, f"{title}: {query}"
+        assert metrics <= set(found), f"{title}: {query}"
+        known = ADDED_BY_PROMETHEUS.union(*(found[name] for name in metrics))
+        assert labels <= known, f"{title}: {query}"
+
+
+def test_every_metric_is_drawn(rig):
+    drawn = set().union(*(names_in(query)[0] for _, query in dashboard_queries()))
+    drawn |= {re.sub(r"_(sum|count|bucket)$", "", name) for name in drawn}
+    shown = {re.sub(r"_(sum|count|bucket)$", "", name) for name in live(rig)}
+    assert {name for name in shown if not name.endswith("_created")} <= drawn
+
+
+def test_every_alert_has_a_summary_and_a_runbook():
+    rules = alert_rules()
+    assert {rule["alert"] for rule in rules} == {f"Lockstep{name}" for name in ALERTS}
+    for rule in rules:
+        assert rule["annotations"]["summary"]
+        assert len(rule["annotations"]["runbook"]) > 40
+        assert rule["labels"]["severity"] in ("critical", "warning")
+
+
+def test_promtool_takes_the_alerts():
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("promtool is not installed; names are tested by the parser above")
+    command = [promtool, "check", "rules", HELM / "alerts" / "lockstep.yaml"]
+    subprocess.run(command, check=True, capture_output=True, timeout=20)
