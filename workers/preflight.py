@@ -26,7 +26,9 @@ def check(config: EngineConfig) -> None:
     model_config = read_model_config(folder)
     groups = build_groups(config.layout, 0, lambda members: None)
     with torch.device("meta"):
-        model = build_model(model_config, groups, torch.device("meta"), torch.float32)
+        model = build_model(
+            model_config, groups, torch.device("meta"), torch.float32, config.plan_settings
+        )
     if config.load_format != "dummy":
         check_weights(model, folder)
     longest = model.max_position_embeddings

@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from parallel.dp_attention import RowCounts
 from parallel.groups import Groups, Ledger
 from parallel.layout import Layout
 from workers import bundled
@@ -116,7 +117,7 @@ def load_model(
     name = config.dtype
     if name == "auto":
         name = "float32" if device.type == "cpu" else model_config.dtype
-    model = build_model(model_config, groups, device, DTYPES[name])
+    model = build_model(model_config, groups, device, DTYPES[name], config.plan_settings)
     if config.load_format == "dummy":
         dummy_weights(model, config.seed)
     else:
@@ -146,6 +147,7 @@ class ModelRunner:
         self._memory: dict[str, int] = {}
         self._graphs: DecodeGraphs | None = None
         self._ledger: Ledger = groups.ledger
+        self._num_replicas = layout.num_replicas
         with torch.inference_mode():
             self._model = make_model(config, layout, rank, groups, device, progress)
         self.vocab_size = self._model.vocab_size
@@ -184,7 +186,8 @@ class ModelRunner:
             bucket = 0 if body.num_masked else self._bucket(header, rows)
             if bucket:
                 return self._replay(rows, bucket)
-            return self._launch(rows, body.admits, body.num_masked)
+            counts = RowCounts(header.num_rows, header.padded_rows, header.num_logit_rows)
+            return self._launch(rows, body.admits, counts, replica, body.num_masked)
 
     def mask(self, pending: PendingStep, mask: Mask) -> None:
         """Sample the rows of a step whose body announced this mask."""
@@ -207,9 +210,13 @@ class ModelRunner:
             return self._finish(pending)
 
     def _run(self, body: Body) -> PendingStep:
-        """A step that no driver asked for."""
+        """A step that no driver asked for: all ranks run it, on equal rows."""
         with torch.inference_mode():
-            return self._launch(self._state.apply(body), body.admits)
+            rows, num = self._state.apply(body), self._num_replicas
+            counts = RowCounts(
+                (rows.num_rows,) * num, (rows.num_rows,) * num, (rows.num_logit_rows,) * num
+            )
+            return self._launch(rows, body.admits, counts, 0)
 
     def _bucket(self, header: Header, rows: StepRows) -> int:
         """The graph that runs the step; 0 for none."""
@@ -246,27 +253,37 @@ class ModelRunner:
         self._table.update(self._state.table_changes, self._upload)
 
     def _launch(
-        self, rows: StepRows, admits: tuple[Admit, ...], num_masked: int = 0
+        self,
+        rows: StepRows,
+        admits: tuple[Admit, ...],
+        counts: RowCounts,
+        replica: int,
+        num_masked: int = 0,
     ) -> PendingStep:
+        """An idle replica takes part with padding alone, or with no rows, if another has some."""
         self._prepare_pages(rows)
         if self._graphs is not None:
             self._graphs.forget_rows()
         for admit in admits:
             self._sampler.admit(admit)
-        if rows.num_rows == 0:
+        if not any(counts.padded):
             nothing = torch.empty(0)
             return PendingStep(
                 rows, self._ledger.take(), nothing, nothing, None, None, [], done=None
             )
-        batch = self._batch(rows)
+        batch = self._batch(rows, counts, replica)
         hidden_TD = self._model.forward(batch)
         prompts = [self._prompt_logprobs(chunk, hidden_TD) for chunk in rows.chunks]
         row_sums_T = hidden_TD.sum(dim=-1, dtype=torch.float32) if rows.chunks else None
         logits_RV = None
-        if rows.num_logit_rows:
+        if any(counts.num_logit_rows):
             if rows.chunks:
                 hidden_TD = hidden_TD.index_select(0, batch.logit_rows_R)
-            logits_RV = self._model.logits(hidden_TD)
+            elif rows.num_logit_rows < hidden_TD.shape[0]:
+                hidden_TD = hidden_TD[: rows.num_logit_rows]
+            logits_RV = self._model.logits(hidden_TD, counts.num_logit_rows)
+            if rows.num_logit_rows == 0:  # an idle replica lends its part of the head
+                logits_RV = None
         pending = PendingStep(
             rows,
             self._ledger.take(),
@@ -293,7 +310,7 @@ class ModelRunner:
         pending.logprobs = None if logprobs is None else logprobs.moved(self._fetch)
         pending.done = self._mark()
 
-    def _batch(self, rows: StepRows) -> ForwardBatch:
+    def _batch(self, rows: StepRows, counts: RowCounts, replica: int) -> ForwardBatch:
         """The step's rows on the device; decodes read the token that sampling left there."""
         positions_T = self._upload(rows.positions_T)
         input_ids_T = self._sampler.last_token_S.index_select(0, self._upload(rows.decode_slots_B))
@@ -301,12 +318,17 @@ class ModelRunner:
             parts = [chunk.tokens[chunk.start : chunk.stop] for chunk in rows.chunks]
             tokens = self._upload(np.concatenate(parts).astype(np.int64))
             input_ids_T = torch.cat([input_ids_T, tokens])
-        self._attention.prepare(rows, positions_T, self._upload(rows.kv_rows_T), self._upload)
+        num_pads = counts.padded[replica] - rows.num_rows
+        if num_pads:
+            input_ids_T = torch.cat([input_ids_T, input_ids_T.new_zeros(num_pads)])
+        if rows.num_rows:
+            self._attention.prepare(rows, positions_T, self._upload(rows.kv_rows_T), self._upload)
         return ForwardBatch(
             input_ids_T=input_ids_T,
             positions_T=positions_T,
             logit_rows_R=self._upload(rows.logit_rows_R),
             attention=self._attention,
+            counts=counts,
         )
 
     def _prompt_logprobs(self, chunk: Chunk, hidden_TD: Tensor) -> _PendingPrompt | None:
@@ -532,6 +554,12 @@ def _check_header(header: Header, rows: StepRows, replica: int) -> None:
         raise ProtocolError(
             f"step {header.step} counts {len(header.num_rows)} replicas' rows and "
             f"{len(header.num_logit_rows)} replicas' logit rows, and this is replica {replica}"
+        )
+    if len(header.padded_rows) != len(header.num_rows) or any(
+        padded < real for padded, real in zip(header.padded_rows, header.num_rows, strict=False)
+    ):
+        raise ProtocolError(
+            f"step {header.step} pads {header.num_rows} rows to {header.padded_rows}, which is fewer"
         )
     counted = (rows.num_rows, rows.num_logit_rows)
     told = (header.num_rows[replica], header.num_logit_rows[replica])
