@@ -19,6 +19,7 @@ from msgspec import UNSET, Struct
 from deployments.driver_client import Event, GenerateSpec
 from deployments.errors import NotFound, RequestError
 from deployments.messages import FINISH_LENGTH, FINISH_STOP
+from deployments.response_format import grammar_of
 from deployments.schemas import (
     MAX_PROMPTS,
     AnswerMessage,
@@ -175,6 +176,7 @@ def _plan(
         request, limits, num_logprobs=num_logprobs, num_prompt_logprobs=num_prompt_logprobs
     )
     num_samples = request.n or 1
+    grammar = grammar_of(request)
     specs = []
     for ids, room in zip(prompts, rooms, strict=True):
         allowed = _allowed(request, len(ids), room, max_tokens, default_tokens, limits)
@@ -192,6 +194,7 @@ def _plan(
                     stop_token_ids=sampling.stop_token_ids,
                     sampling=keyed,
                     salt=salt,
+                    grammar=grammar,
                 )
             )
     options = request.stream_options

@@ -20,6 +20,7 @@ import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from deployments.errors import RequestError
+from deployments.messages import MAX_GRAMMAR_CHARS
 
 MAX_BODY_BYTES = 4 * 2**20
 MAX_CHOICES = 8
@@ -30,12 +31,15 @@ MAX_STOP_CHARS = 256
 MAX_STOP_IDS = 128
 MAX_LOGIT_BIAS = 1024
 MAX_LOGPROBS = 20
+MAX_CHOICES_OF_TEXT = 4096
 
 # NOTE: `\Z`, because `$` would let a trailing newline through.
 Label = Annotated[str, Meta(pattern=r"^[\x20-\x7e]{1,128}\Z")]
 Penalty = Annotated[float, Meta(ge=-2.0, le=2.0)]
 TopLogprobs = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
 Stop = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_CHARS)]
+GrammarText = Annotated[str, Meta(min_length=1, max_length=MAX_GRAMMAR_CHARS)]
+TextChoices = Annotated[list[GrammarText], Meta(min_length=1, max_length=MAX_CHOICES_OF_TEXT)]
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 
 
@@ -43,6 +47,30 @@ class StreamOptions(Struct, forbid_unknown_fields=True):
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
     """Accepted and ignored: no padding is ever sent."""
+
+
+class JsonSchemaFormat(Struct, forbid_unknown_fields=True):
+    name: Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_-]{1,64}\Z")]
+    schema: dict[str, Any]
+    strict: bool | None = None
+    """Accepted and ignored: a schema is always followed to the letter."""
+    description: Annotated[str, Meta(max_length=4096)] | None = None
+    """Accepted and ignored."""
+
+
+class ResponseFormat(Struct, forbid_unknown_fields=True):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+
+
+class StructuredOutputs(Struct, forbid_unknown_fields=True):
+    """vLLM's object; the `guided_*` fields are its older names for the same."""
+
+    json: dict[str, Any] | GrammarText | None = None
+    regex: GrammarText | None = None
+    choice: TextChoices | None = None
+    grammar: GrammarText | None = None
+    json_object: bool | None = None
 
 
 class GenerationRequest(Struct, forbid_unknown_fields=True, kw_only=True):
@@ -74,6 +102,14 @@ class GenerationRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     ignore_eos: bool | None = None
     min_tokens: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
     prompt_logprobs: TopLogprobs | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: dict[str, Any] | GrammarText | None = None
+    """A JSON schema, as an object or as its text."""
+    guided_regex: GrammarText | None = None
+    guided_choice: TextChoices | None = None
+    guided_grammar: GrammarText | None = None
+    """In Lark's notation, as llguidance reads it."""
     cache_salt: Label | None = None
     """Requests share cached prefixes only under the same salt."""
     user: Label | None = None
@@ -88,7 +124,6 @@ class CompletionRequest(GenerationRequest):
     """Only as many as `n`."""
     suffix: Any = None
     prompt_embeds: Any = None
-    response_format: Any = None
 
 
 class ContentPart(Struct, forbid_unknown_fields=True):
@@ -140,7 +175,6 @@ class ChatRequest(GenerationRequest):
     prediction: Any = None
     prompt_cache_retention: Any = None
     reasoning_effort: Any = None
-    response_format: Any = None
     service_tier: Any = None
     store: Any = None
     tool_choice: Any = None
@@ -161,7 +195,6 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "prompt_cache_retention": (None,),
     "prompt_embeds": (None,),
     "reasoning_effort": (None,),
-    "response_format": (None, {"type": "text"}),
     "service_tier": (None, "auto", "default"),
     "store": (None, False),
     "suffix": (None, ""),
@@ -239,6 +272,9 @@ def _unknown_field(name: str, prefix: str, known: tuple[str, ...]) -> RequestErr
 
 _NESTED: Mapping[str, type[Struct]] = {
     "stream_options": StreamOptions,
+    "response_format": ResponseFormat,
+    "response_format.json_schema": JsonSchemaFormat,
+    "structured_outputs": StructuredOutputs,
     "chat_template_kwargs": ChatTemplateOptions,
     "messages[...]": ChatMessage,
     "messages[...].content[...]": ContentPart,

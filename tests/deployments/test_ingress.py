@@ -507,7 +507,11 @@ NUMBERS = {
     "cache_salt": ["", "\n", "x" * 129, 5],
     "model": [None, 5, "", "other", ...],
     "tools": [[{}]],
-    "response_format": [{"type": "json_object"}],
+    "response_format": [{"type": "xml"}, {"type": "json_schema"}, "json_object", {}],
+    "guided_json": [5, "", [1]],
+    "guided_regex": ["", 5, "x" * (2**16 + 1)],
+    "guided_choice": [[], [""], "yes", [1]],
+    "structured_outputs": [{"regexp": "x"}, {"regex": "x", "choice": ["x"]}, "x"],
     "nonsense": [None],
 }
 PROMPTS = ["", [], [[]], [""], [-1], [260], [2**31], [2**70], ["a", 1], [[1], "a"], [None], 5, None]

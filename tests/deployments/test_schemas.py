@@ -112,7 +112,6 @@ def test_what_is_missing_is_named():
     [
         ("tools", [{"type": "function"}]),
         ("tool_choice", "required"),
-        ("response_format", {"type": "json_object"}),
         ("audio", {"voice": "x"}),
         ("modalities", ["audio"]),
         ("store", True),
