@@ -19,7 +19,7 @@ import itertools
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, Literal, TypeVar, get_type_hints
 
 import msgspec
 from msgspec import Struct
@@ -50,6 +50,8 @@ class ServiceSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """How long to wait for the cluster to have room for all ranks."""
     drain_s: float = 60.0
     """How long requests may go on after the service was told to stop."""
+    log_format: Literal["text", "json"] = "text"
+    """json writes one object a line, and a line for each request; prompts are never logged."""
 
     def __post_init__(self) -> None:
         for name in ("port", "metrics_port"):

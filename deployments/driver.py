@@ -5,13 +5,12 @@ tells ingresses where to connect, and answers Serve's health check from a flag. 
 through Serve or Ray.
 """
 
-import logging
-
 import ray
 from ray import serve
 
 from deployments.config import ServiceConfig
 from deployments.engine import Engine, EngineFailed
+from deployments.logs import configure_logs
 from deployments.messages import EngineInfo
 from deployments.metrics import MetricsServer
 from deployments.ray_fleet import RayFleet
@@ -33,7 +32,7 @@ def show(sentence: str) -> None:
 )
 class Driver:
     def __init__(self, config: ServiceConfig) -> None:
-        logging.getLogger("lockstep").setLevel(logging.INFO)
+        configure_logs(config.service.log_format)
         context = ray.get_runtime_context()
         self._engine = Engine(
             config.engine,

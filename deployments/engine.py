@@ -51,6 +51,7 @@ from deployments.scheduler import RequestTooLarge, Scheduler, route
 from deployments.sockets import CurveKeys, Gate, IpcFolder, bind_router
 from deployments.worker_link import LinkFull, WorkerLink
 from workers import bundled
+from workers.architectures import plan_of
 from workers.config import EngineConfig, Environment
 from workers.protocol import Hello, TokenLogprobs, unpack
 from workers.spec import read_failpoints
@@ -96,6 +97,7 @@ class Engine:
     ) -> None:
         """`listen_tcp` opens (CURVE-encrypted) ports on `node_ip` for ranks and ingresses on
         other nodes; without it there are only unix sockets."""
+        plan_of(config)  # refuses a combination that no collective plan exists for
         self.config = config
         self.fleet = fleet
         self.node_ip = node_ip
@@ -339,7 +341,9 @@ class Engine:
         self._losses_within(now)
         if self._lost_at is not None:
             self.counters.recovered(self._loss_cause, now - self._lost_at)
-            log.warning("epoch %d serves after %.2f s", self._epoch, now - self._lost_at)
+            known = {"epoch": self._epoch}
+            took = now - self._lost_at
+            log.warning("epoch %d serves after %.2f s", self._epoch, took, extra=known)
             self._lost_at = None
         self._ready.set()
         self._on_progress(f"ready: epoch {self._epoch}")
@@ -352,7 +356,8 @@ class Engine:
         self._reason = str(failure)
         self._tell_all()
         self.counters.last_failure = str(failure)
-        log.error("epoch %d is over: %s", self._epoch, failure)
+        known = {"epoch": self._epoch, "rank": failure.rank}
+        log.error("epoch %d is over: %s", self._epoch, failure, extra=known)
         self._on_progress(str(failure))
         self._requests.clear()
         self._opening.clear()

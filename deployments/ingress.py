@@ -39,6 +39,7 @@ from deployments.errors import (
     Unauthorized,
     UnsupportedMediaType,
 )
+from deployments.logs import REQUESTS, configure_logs
 from deployments.messages import EngineInfo
 from deployments.openai_api import (
     Answer,
@@ -52,6 +53,7 @@ from deployments.schemas import MAX_BODY_BYTES, Model, ModelList, parse_chat, pa
 from deployments.tokenizer import ChatTokenizer
 
 log = logging.getLogger("lockstep.ingress")
+request_log = logging.getLogger(REQUESTS)
 
 BODY_TIMEOUT_S = 30.0
 LONG_BODY_BYTES = 16 * 2**10
@@ -141,6 +143,9 @@ class Exchange:
         self.path: str = scope["path"].removeprefix(root) or "/"
         self.headers = {key.decode("latin-1"): value for key, value in scope["headers"]}
         self.begun = False
+        self.status = 0
+        """Of the response, once it has begun."""
+        self.request_id = ""
         self._receive = receive
         self._send = send
         self._ended = False
@@ -213,16 +218,21 @@ class Exchange:
 
     async def _start(self, status: int, *headers: tuple[bytes, bytes]) -> None:
         self.begun = True
+        self.status = status
         every = [*headers, *SECURITY_HEADERS, *self._extra_headers]
         await self._send({"type": "http.response.start", "status": status, "headers": every})
 
     def _identity(self, names_itself: bool) -> list[tuple[bytes, bytes]]:
         """Our id of the request, and the client's own if it is fit to be shown."""
         found = []
-        if names_itself:
-            found.append((b"x-request-id", b"req_" + secrets.token_hex(16).encode()))
         theirs = self.headers.get("x-request-id", b"")
-        if re.fullmatch(rb"[\x20-\x7e]{1,128}", theirs):
+        is_showable = re.fullmatch(rb"[\x20-\x7e]{1,128}", theirs)
+        if names_itself:
+            self.request_id = "req_" + secrets.token_hex(16)
+            found.append((b"x-request-id", self.request_id.encode()))
+        elif is_showable:
+            self.request_id = theirs.decode()
+        if is_showable:
             found.append((b"x-client-request-id", theirs))
         return found
 
@@ -411,6 +421,8 @@ def _check_method(method: str, allowed: str) -> None:
 
 async def _respond(service: Service, exchange: Exchange) -> None:
     """Every way an exchange can end is an answer, an event, or nobody left to tell."""
+    known = {"request_id": exchange.request_id}
+    began = time.monotonic()
     try:
         handler, tenant = _route(service, exchange)
         await handler(service, exchange, tenant)
@@ -418,13 +430,29 @@ async def _respond(service: Service, exchange: Exchange) -> None:
         return
     except ServiceError as error:
         if error.status == 500:
-            log.error("a request failed: %s", error)
+            log.error("a request failed: %s", error, extra=known)
         await exchange.fail(error)
     except OSError:
         return  # the server found the connection closed while we wrote
     except Exception:
-        log.exception("a request failed")
+        log.exception("a request failed", extra=known)
         await exchange.fail(ServiceError())
+    finally:
+        if request_log.isEnabledFor(logging.INFO):
+            _log_end(exchange, time.monotonic() - began)
+
+
+def _log_end(exchange: Exchange, seconds: float) -> None:
+    """A line for each request but the probes' own."""
+    if exchange.path not in OPEN_ROUTES:
+        known = {
+            "request_id": exchange.request_id,
+            "path": exchange.path if exchange.path in ROUTES else "another",
+            "status": exchange.status,
+            "seconds": round(seconds, 4),
+        }
+        event = "request answered" if exchange.status else "client gone"
+        request_log.info(event, extra=known)
 
 
 async def _lifespan(service: Service, receive: Receive, send: Send) -> None:
@@ -470,6 +498,7 @@ class Ingress:
     """The HTTP front as a Serve deployment: stateless, any number of replicas."""
 
     def __init__(self, config: ServiceConfig, driver: DeploymentHandle) -> None:
+        configure_logs(config.service.log_format)
         folder = Path(config.engine.model) if config.engine.model else workers.bundled.path()
         context = ray.get_runtime_context()
 
