@@ -1,4 +1,4 @@
-"""The command line: `lockstep serve`, `lockstep chat`, `lockstep generate`.
+"""The command line: `lockstep serve`, `chat`, `generate`, `check`.
 
 Flags are the settings of `deployments.config`, spelt with dashes (`tp_size` is `--tp-size`).
 Exit codes: 0 done, 1 the service could not start or failed, 2 the command is wrong.
@@ -15,6 +15,11 @@ from workers.config import EngineConfig
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["check"]:
+        from deployments.check import check
+
+        return check(argv[1:])
     parser = _parser()
     known, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -31,6 +36,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             from deployments.chat import chat
 
             return chat(args["url"], args["model"], args["message"])
+        if command == "bench":
+            from deployments.bench import offline
+
+            args.pop("benchmark")
+            return offline(args)
         from deployments.llm import generate_lines
 
         prompts = args.pop("prompt")
@@ -63,12 +73,21 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("message", nargs="*", help="one message; without it, a conversation")
     chat.add_argument("--url", default="http://127.0.0.1:8000", help="where the service listens")
     chat.add_argument("--model", default="", help="model to ask for; empty takes the first")
+    commands.add_parser("check", help="try every collective of a layout (see check --help)")
     generate = commands.add_parser(
         "generate", allow_abbrev=False, help="answer chat prompts here, without a service"
     )
     generate.add_argument("prompt", nargs="+", help="what to ask")
     generate.add_argument("--max-tokens", type=int, default=256)
     _add_settings(generate, EngineConfig)
+    bench = commands.add_parser("bench", help="measure how fast the engine is")
+    benchmarks = bench.add_subparsers(dest="benchmark", required=True)
+    offline = benchmarks.add_parser(
+        "offline",
+        allow_abbrev=False,
+        help="without HTTP, one JSON line a case; --model may be a preset: 0.6b, 8b, 30b-a3b",
+    )
+    _add_settings(offline, EngineConfig)
     return parser
 
 

@@ -1,0 +1,228 @@
+"""`lockstep bench offline`: how fast the engine is without HTTP, one JSON line a case.
+
+The cases are those that engines are commonly compared by: time to start, time per output token of
+one request and of 32 and 128 requests of 1024 tokens, and the throughput of 256 requests of mixed
+lengths (100 to 1024 in, 100 to 1024 out, drawn with seed 0). Prompts are random ids, answers are
+greedy and ignore the end of sequence, so any weights will do: a preset name (`8b`) stands for a
+model of that shape with random weights.
+
+What is timed is checked: every answer must have its length, and one prompt of a batch is run again
+alone, which must give the same ids, unless the two ids that differ are nearly equally likely.
+"""
+
+import json
+import random
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deployments.config import ServiceConfig
+from deployments.llm import LLM, Answer, SamplingParams
+
+NEAR_TIE = 0.1
+"""Log-probabilities less apart may change places with the shape of a batch in bfloat16."""
+
+QWEN3: dict[str, Any] = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "attention_bias": False,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "hidden_act": "silu",
+    "head_dim": 128,
+    "initializer_range": 0.02,
+    "max_position_embeddings": 40960,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "0.6b": QWEN3
+    | {
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "tie_word_embeddings": True,
+    },
+    "8b": QWEN3
+    | {
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+    },
+    "30b-a3b": QWEN3
+    | {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "moe_intermediate_size": 768,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "norm_topk_prob": True,
+    },
+}
+"""Published models' shapes, for random weights."""
+
+DEFAULTS: dict[str, Any] = {
+    "max_model_len": 8192,
+    "gpu_memory_utilization": 0.85,
+    "enable_prefix_caching": False,
+}
+"""Settings of a benchmark where the command line names no others."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """Sizes of the cases."""
+
+    alone_prompt: int = 128
+    alone_output: int = 256
+    batches: tuple[int, ...] = (32, 128)
+    batch_prompt: int = 1024
+    batch_output: int = 128
+    num_mixed: int = 256
+    mixed_lengths: tuple[int, int] = (100, 1024)
+    max_id: int = 10000
+
+
+class WrongAnswer(RuntimeError):
+    """What was timed was not what was asked for."""
+
+
+class Bench:
+    """Runs the cases on an engine that is up."""
+
+    def __init__(self, llm: LLM, workload: Workload) -> None:
+        self._llm, self._workload = llm, workload
+        self._random = random.Random(0)
+
+    def cases(self) -> Iterator[dict[str, Any]]:
+        """Each case's name, value and what else is known of it."""
+        work = self._workload
+        self._run([self._prompt(64)], [16])
+        alone = [self._prompt(work.alone_prompt)]
+        first_s = min(self._run(alone, [1])[0] for _ in range(2))
+        all_s = min(self._run(alone, [work.alone_output + 1])[0] for _ in range(2))
+        yield {
+            "case": "bs1_tpot_ms",
+            "value": round((all_s - first_s) / work.alone_output * 1e3, 3),
+            "ttft_ms": round(first_s * 1e3, 1),
+        }
+        for size in work.batches:
+            yield self._batch(size)
+        yield self._mixed()
+
+    def _batch(self, size: int) -> dict[str, Any]:
+        work = self._workload
+        prompts = [self._prompt(work.batch_prompt) for _ in range(size)]
+        first_s, _ = self._run(prompts, [1] * size)
+        all_s, answers = self._run(prompts, [work.batch_output + 1] * size)
+        return {
+            "case": f"bs{size}_1k_tpot_ms",
+            "value": round((all_s - first_s) / work.batch_output * 1e3, 3),
+            "prefill_tok_s": round(size * work.batch_prompt / first_s),
+            "check": self._check_alone(answers[size // 2]),
+        }
+
+    def _mixed(self) -> dict[str, Any]:
+        work = self._workload
+        draw = random.Random(0)
+        prompts = [
+            [draw.randint(0, work.max_id) for _ in range(draw.randint(*work.mixed_lengths))]
+            for _ in range(work.num_mixed)
+        ]
+        lengths = [draw.randint(*work.mixed_lengths) for _ in range(work.num_mixed)]
+        seconds, _ = self._run(prompts, lengths)
+        return {
+            "case": f"offline{work.num_mixed}_out_tok_s",
+            "value": round(sum(lengths) / seconds),
+            "out_tokens": sum(lengths),
+            "s": round(seconds, 2),
+        }
+
+    def _prompt(self, length: int) -> list[int]:
+        low = min(10, self._workload.max_id)
+        return [self._random.randint(low, self._workload.max_id) for _ in range(length)]
+
+    def _run(
+        self, prompts: Sequence[Sequence[int]], lengths: Sequence[int]
+    ) -> tuple[float, list[Answer]]:
+        """(seconds, answers), each of which has its length."""
+        params = [greedy(length) for length in lengths]
+        began = time.perf_counter()
+        answers = self._llm.generate(prompts, params, detokenize=False)
+        seconds = time.perf_counter() - began
+        short = [len(answer.ids) for answer in answers]
+        if short != list(lengths):
+            raise WrongAnswer(f"answers of {sum(short)} tokens came, and {sum(lengths)} were asked")
+        return seconds, answers
+
+    def _check_alone(self, answer: Answer) -> str:
+        """Whether a batch's answer is what the prompt gives alone."""
+        (alone,) = self._llm.generate(
+            [answer.prompt_ids], greedy(len(answer.ids)), detokenize=False
+        )
+        if alone.ids == answer.ids:
+            return "equal"
+        pairs = enumerate(zip(alone.ids, answer.ids, strict=True))
+        at = next(index for index, (mine, theirs) in pairs if mine != theirs)
+        prompt = answer.prompt_ids + answer.ids[:at]
+        (again,) = self._llm.generate([prompt], greedy(1, logprobs=5), detokenize=False)
+        top = dict(zip(again.logprobs[0].top_ids, again.logprobs[0].top_logprobs, strict=True))
+        apart = abs(top.get(alone.ids[at], -99.0) - top.get(answer.ids[at], 99.0))
+        if apart > NEAR_TIE:
+            raise WrongAnswer(
+                f"token {at} of an answer is {answer.ids[at]} in a batch and {alone.ids[at]} "
+                f"alone, whose log-probabilities are {apart:.3f} apart"
+            )
+        return f"equal for {at} tokens, then a tie ({apart:.4f})"
+
+
+def greedy(length: int, logprobs: int | None = None) -> SamplingParams:
+    return SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=length, logprobs=logprobs)
+
+
+def offline(
+    settings: dict[str, Any],
+    *,
+    workload: Workload = Workload(),
+    show: Callable[[str], None] = print,
+) -> int:
+    """Run all cases; the exit code."""
+    name = settings.get("model", "")
+    with tempfile.TemporaryDirectory() as folder:
+        chosen = DEFAULTS | settings | _preset(name, Path(folder))
+        ServiceConfig.from_args(chosen)  # a misspelt setting is told before anything starts
+        began = time.perf_counter()
+        with LLM(**chosen) as llm:
+            about = {"engine": "lockstep", "model": name, "tp": llm.config.tp_size}
+            startup_s = round(time.perf_counter() - began, 1)
+            show(json.dumps(about | {"case": "startup_s", "value": startup_s}))
+            for case in Bench(llm, workload).cases():
+                show(json.dumps(about | case))
+    return 0
+
+
+def _preset(name: str, folder: Path) -> dict[str, Any]:
+    """Settings of a preset: its config.json written to `folder`, and random weights."""
+    if name not in PRESETS:
+        return {}
+    (folder / "config.json").write_text(json.dumps(PRESETS[name]))
+    return {"model": str(folder), "load_format": "dummy"}
