@@ -80,17 +80,20 @@ def all_gather_columns(x_TD: Tensor, group: Group, *, role: Role | None = None) 
     return stacked.transpose(0, 1).reshape(num_rows, group.size * num_cols)
 
 
-def reduce_scatter_rows(x_TD: Tensor, group: Group, *, out: Tensor | None = None) -> Tensor:
+def reduce_scatter_rows(
+    x_TD: Tensor, group: Group, *, out: Tensor | None = None, role: Role | None = None
+) -> Tensor:
     """Sum over `group` and keep this rank's block of rows: (W * T, ...) becomes (T, ...).
 
-    The result is written to `out`, or to where the group's scatters go.
+    The result is written to `out`, or to the group's slot of `role`, or to where the group's
+    scatters go.
     """
     if group.size == 1:
         return x_TD
     _refuse_uneven(x_TD, group)
     x_TD, reason = _staged(x_TD.contiguous(), group, "scatter_in")
     if out is None:
-        role: Role = "local_dp" if group.is_shared else "scattered"
+        role = role or ("local_dp" if group.is_shared else "scattered")
         out = _output(x_TD, group, role, (x_TD.shape[0] // group.size, *x_TD.shape[1:]))
     _refuse_overlap("reduce_scatter", group, x_TD, out)
     transport = _enter("reduce_scatter", group, x_TD, out, reason)

@@ -13,6 +13,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import NamedTuple, Protocol
 
 import torch
@@ -264,6 +265,25 @@ class TorchTransport:
         if block.pool is not None:
             backend = self.process_group._get_backend(block.bytes_N.device)
             backend.register_mem_pool(block.pool, symm=True)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def connect_torch(
+    ranks: Sequence[int], rank: int, timeout: timedelta
+) -> Callable[[tuple[int, ...]], Transport | None]:
+    """Communicators over members of a world of `ranks`, for `build_groups`.
+
+    Every rank calls it for every member list, in one order, also for those it is no member of.
+    """
+
+    def connect(members: tuple[int, ...]) -> Transport | None:
+        group = dist.group.WORLD
+        if members != tuple(ranks):
+            group = dist.new_group([member - ranks[0] for member in members], timeout=timeout)
+        if rank not in members or not isinstance(group, dist.ProcessGroup):
+            return None
+        return TorchTransport(group)
+
+    return connect
 
 
 # torch 2.13 renamed these two and warns of the old names; 2.11 has only those.

@@ -42,6 +42,11 @@ class _Offer(NamedTuple):
         return f"{self.op} of {tuple(self.x.shape)} {str(self.x.dtype).removeprefix('torch.')}"
 
 
+def _offer(op: str, x: Tensor) -> _Offer:
+    """NOTE: of the same memory as `x`, but not `x`: who holds `x` is for its owner to know."""
+    return _Offer(op, x.detach())
+
+
 class _Meeting:
     """Where the members of one group meet; `exchange` shows each what all of them brought."""
 
@@ -102,23 +107,23 @@ class ThreadTransport:
         self._place = place
 
     def all_reduce(self, x: Tensor) -> None:
-        total = self._meeting.exchange(self._place, _Offer("all_reduce", x), _sum)
+        total = self._meeting.exchange(self._place, _offer("all_reduce", x), _sum)
         x.copy_(total)
 
     def all_gather(self, out: Tensor, x: Tensor) -> None:
-        out.copy_(self._meeting.exchange(self._place, _Offer("all_gather", x), torch.cat))
+        out.copy_(self._meeting.exchange(self._place, _offer("all_gather", x), torch.cat))
 
     def reduce_scatter(self, out: Tensor, x: Tensor) -> None:
         def my_block(inputs: list[Tensor]) -> Tensor:
             return _sum([block.chunk(len(inputs))[self._place] for block in inputs])
 
-        out.copy_(self._meeting.exchange(self._place, _Offer("reduce_scatter", x), my_block))
+        out.copy_(self._meeting.exchange(self._place, _offer("reduce_scatter", x), my_block))
 
     def all_to_all(self, out: Tensor, x: Tensor) -> None:
         def my_blocks(inputs: list[Tensor]) -> Tensor:
             return torch.cat([block.chunk(len(inputs))[self._place] for block in inputs])
 
-        out.copy_(self._meeting.exchange(self._place, _Offer("all_to_all", x), my_blocks))
+        out.copy_(self._meeting.exchange(self._place, _offer("all_to_all", x), my_blocks))
 
     def allocate(self, num_bytes: int, device: torch.device) -> Block:
         return Block(torch.empty(num_bytes, dtype=torch.uint8, device=device))

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-from parallel.groups import Groups, TorchTransport, Transport, build_groups
+from parallel.groups import Groups, Transport, build_groups, connect_torch
 from workers.protocol import Start
 from workers.spec import WorkerSpec
 
@@ -74,8 +74,10 @@ class Rendezvous:
             device_id=None if device.type == "cpu" else device,
         )
 
+        connect_plain = connect_torch(self._ranks, self._spec.rank, timeout)
+
         def connect(members: tuple[int, ...]) -> Transport | None:
-            transport = self._connect(members, timeout)
+            transport = connect_plain(members)
             return wrap(transport) if wrap and transport else transport
 
         return build_groups(self._layout, self._spec.rank, connect)
@@ -126,15 +128,6 @@ class Rendezvous:
                 "has been left behind"
             )
         return store
-
-    def _connect(self, members: tuple[int, ...], timeout: timedelta) -> Transport | None:
-        """A communicator over `members`. Every rank of the domain calls this, in one order."""
-        first, group = self._ranks[0], dist.group.WORLD
-        if members != tuple(self._ranks):
-            group = dist.new_group([rank - first for rank in members], timeout=timeout)
-        if self._spec.rank not in members or not isinstance(group, dist.ProcessGroup):
-            return None
-        return TorchTransport(group)
 
 
 def listen(address: str) -> socket.socket:
