@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from deployments.scheduler import Accepted, Plan, Scheduler
 from parallel.layout import Layout
+from parallel.padding import align_rows, pad_rows
 from workers.protocol import (
     LEDGER_HALF,
     Ack,
@@ -69,9 +70,21 @@ class StepDone:
 
 class Domain:
     def __init__(
-        self, layout: Layout, index: int, schedulers: Sequence[Scheduler], *, epoch: int, depth: int
+        self,
+        layout: Layout,
+        index: int,
+        schedulers: Sequence[Scheduler],
+        *,
+        epoch: int,
+        depth: int,
+        row_multiple: int = 1,
+        shares_rows: bool = False,
     ) -> None:
-        """`depth` steps may be under way at once: 2 overlaps planning with computing."""
+        """`depth` steps may be under way at once: 2 overlaps planning with computing.
+
+        `row_multiple` and `shares_rows` are the collective plan's: what a replica's rows are padded
+        to a multiple of, and whether rows of different replicas meet.
+        """
         self.index = index
         self.ranks = layout.domain_ranks(index)
         self.replica_ranks = [layout.replica_ranks(index, r) for r in range(layout.num_replicas)]
@@ -79,6 +92,8 @@ class Domain:
         self.epoch = epoch
         self.depth = depth
         self.num_steps = 0
+        self._row_multiple = row_multiple
+        self._shares_rows = shares_rows
         self._previous = b""
         self.under_way: deque[Step] = deque()
 
@@ -92,14 +107,16 @@ class Domain:
         plans = [scheduler.plan_step(number) for scheduler in self.schedulers]
         bodies = [encode(plan.body) for plan in plans]
         num_rows = tuple(plan.num_rows for plan in plans)
+        mode = _mode(plans)
+        padding, padded_rows = self._pad(num_rows, mode)
         told = Header(
             epoch=self.epoch,
             step=number,
-            mode=_mode(plans),
+            mode=mode,
             num_rows=num_rows,
             num_logit_rows=tuple(len(plan.sampled) for plan in plans),
-            padding=Padding.NONE,
-            padded_rows=num_rows,
+            padding=padding,
+            padded_rows=padded_rows,
             bucket=0,
             bodies=tuple(digest(body) for body in bodies),
             previous=self._previous,
@@ -111,6 +128,15 @@ class Domain:
         step.mask_is_due = any(plan.masked_rows for plan in plans)
         self.under_way.append(step)
         return step
+
+    def _pad(self, num_rows: tuple[int, ...], mode: int) -> tuple[int, tuple[int, ...]]:
+        """How many rows each replica computes: MLP sync, at no collective."""
+        if not self._shares_rows:
+            return Padding.NONE, align_rows(num_rows, self._row_multiple)
+        has_prompts = mode in (Mode.EXTEND, Mode.MIXED)
+        padded = pad_rows(num_rows, has_prompts=has_prompts, row_multiple=self._row_multiple)
+        modes = {"max_len": Padding.MAX_LEN, "sum_len": Padding.SUM_LEN}
+        return modes[padded.mode], padded.rows
 
     def on_ack(self, ack: Ack) -> list[StepDone]:
         """The steps that this ack completes, in order."""

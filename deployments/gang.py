@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from deployments.domain import Desync, Domain, StepDone
 from deployments.scheduler import Plan, Scheduler
+from workers.architectures import plan_of
 from workers.config import EngineConfig
 from workers.protocol import (
     PROTOCOL_VERSION,
@@ -103,6 +104,7 @@ class Gang:
     ) -> None:
         self.config = config
         self.layout = config.layout
+        self.plan = plan_of(config)
         self.epoch = epoch
         self.model: Model | None = None
         self.domains: list[Domain] = []
@@ -292,7 +294,15 @@ class Gang:
             ]
             depth = 2 if self.config.overlap else 1
             self.domains.append(
-                Domain(self.layout, index, schedulers, epoch=self.epoch, depth=depth)
+                Domain(
+                    self.layout,
+                    index,
+                    schedulers,
+                    epoch=self.epoch,
+                    depth=depth,
+                    row_multiple=self.plan.row_multiple,
+                    shares_rows=self.plan.crosses_replicas,
+                )
             )
         self.serving = True
 

@@ -43,9 +43,16 @@ def pad_rows(
     mode: PaddingMode | None = None,
 ) -> Padded:
     """Every replica's rows, padded to the plan's `row_multiple`, in a chosen or a given mode."""
-    aligned = [-(-count // row_multiple) * row_multiple for count in num_rows]
+    aligned = align_rows(num_rows, row_multiple)
     if mode is None:
         mode = choose_padding(aligned, has_prompts=has_prompts)
     if mode == "max_len":
-        aligned = [max(aligned)] * len(aligned)
-    return Padded(mode, tuple(aligned))
+        aligned = (max(aligned),) * len(aligned)
+    return Padded(mode, aligned)
+
+
+def align_rows(num_rows: Sequence[int], row_multiple: int) -> tuple[int, ...]:
+    """Every count up to the next multiple."""
+    if row_multiple == 1:
+        return tuple(num_rows)
+    return tuple(-(-count // row_multiple) * row_multiple for count in num_rows)

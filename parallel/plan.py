@@ -141,6 +141,11 @@ class Plan:
     boundaries: tuple[Boundary, ...]
     """Into attention and into the MLP of every layer, in order, and into the head."""
 
+    @property
+    def head_spans_replicas(self) -> bool:
+        """All replicas' rows meet in the head, so each says in a step's header how many it has."""
+        return self.head.rows is Rows.FULL
+
     def into_attention(self, layer: int) -> Boundary:
         return self.boundaries[2 * layer]
 

@@ -15,7 +15,11 @@ MAY_IMPORT = {
         "workers.config",
         "workers.spec",
         "workers.bundled",
+        "workers.architectures",
+        "workers.model_config",
         "parallel.layout",
+        "parallel.padding",
+        "parallel.plan",
     },
     "deployments/fleet.py": {"workers.worker"},
     "workers": {"workers", "parallel", "kernels"},
@@ -35,7 +39,11 @@ MUST_NOT_IMPORT = {
     "workers/config.py": {"torch"},
     "workers/spec.py": {"torch"},
     "parallel": {"ray"},
+    "workers/architectures.py": {"torch"},
+    "workers/model_config.py": {"torch"},
     "parallel/layout.py": {"torch"},
+    "parallel/padding.py": {"torch"},
+    "parallel/plan.py": {"torch"},
     "kernels": {"ray", "torch.distributed"},
 }
 EVERYWHERE_BANNED = {"pickle", "cloudpickle", "dill", "marshal", "shelve"}

@@ -559,7 +559,7 @@ def _check_header(header: Header, rows: StepRows, replica: int) -> None:
         padded < real for padded, real in zip(header.padded_rows, header.num_rows, strict=False)
     ):
         raise ProtocolError(
-            f"step {header.step} pads {header.num_rows} rows to {header.padded_rows}, which is fewer"
+            f"step {header.step} pads {header.num_rows} rows to {header.padded_rows}, which are less"
         )
     counted = (rows.num_rows, rows.num_logit_rows)
     told = (header.num_rows[replica], header.num_logit_rows[replica])
