@@ -64,14 +64,15 @@ def bench_departures(url: str) -> None:
     body = b'{"model":"bundled","prompt":"x","max_tokens":3000,"ignore_eos":true,"stream":true}'
     head = f"POST /v1/completions HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\n"
     times = []
-    with httpx.Client() as http:
+    with httpx.Client(timeout=10) as http:
         for _ in range(NUM_DEPARTURES):
-            with socket.create_connection((host, int(port))) as client:
+            with socket.create_connection((host, int(port)), timeout=10) as client:
                 client.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
                 client.recv(4096)
             left = time.monotonic()
             while "lockstep_requests_running 0.0" not in http.get(f"http://{address}/metrics").text:
-                pass
+                if time.monotonic() - left > 10:
+                    raise SystemExit("the driver has not noticed for 10 s")
             times.append((time.monotonic() - left) * 1000)
     times.sort()
     record("faults", "client leaves, driver has cancelled", "ms", times, COMMAND)
