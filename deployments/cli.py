@@ -1,4 +1,4 @@
-"""The command line: `lockstep serve`, `chat`, `generate`, `check`.
+"""The command line: `lockstep serve`, `chat`, `generate`, `batch`, `check`.
 
 Flags are the settings of `deployments.config`, spelt with dashes (`tp_size` is `--tp-size`).
 Exit codes: 0 done, 1 the service could not start or failed, 2 the command is wrong.
@@ -36,6 +36,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             from deployments.chat import chat
 
             return chat(args["url"], args["model"], args["message"])
+        if command == "batch":
+            from deployments.batch import BatchOptions, run_batch
+
+            options = {name: args.pop(name) for name in BatchOptions.__slots__ if name in args}
+            return run_batch(BatchOptions(**options), args)
         if command == "bench":
             from deployments.bench import offline
 
@@ -74,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--url", default="http://127.0.0.1:8000", help="where the service listens")
     chat.add_argument("--model", default="", help="model to ask for; empty takes the first")
     commands.add_parser("check", help="try every collective of a layout (see check --help)")
+    _add_batch(commands)
     generate = commands.add_parser(
         "generate", allow_abbrev=False, help="answer chat prompts here, without a service"
     )
@@ -91,13 +97,43 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_settings(parser: argparse.ArgumentParser, kind: type[EngineConfig | ServiceSettings]):
+BATCH_SETTINGS = ("served_model_name", "metrics_port", "cluster_wait_s", "log_format")
+"""What of the service's settings concerns a batch too."""
+
+
+def _add_batch(commands: Any) -> None:
+    batch = commands.add_parser(
+        "batch", allow_abbrev=False, help="answer a file of requests (OpenAI's batch JSONL)"
+    )
+    for flags, name, text in (
+        (("-i", "--input"), "input", "lines to answer; a path or an fsspec URL"),
+        (("-o", "--output"), "output", "where results go; what is there is not done again"),
+    ):
+        batch.add_argument(*flags, dest=name, required=True, metavar="FILE", help=text)
+    for flag, metavar, kind, text in (
+        ("--errors", "FILE", str, "where lines that failed go (default: with the others)"),
+        ("--url", "URL", str, "ask this running service instead of starting an engine"),
+        ("--api-key-file", "FILE", str, "holds the key that the service wants"),
+        ("--concurrency", "N", int, "lines under way at once (default: what the engine can run)"),
+        ("--give-up-s", "S", float, "end when nothing was answered for so long (default: 3600)"),
+    ):
+        batch.add_argument(flag, metavar=metavar, type=kind, help=text, default=argparse.SUPPRESS)
+    _add_settings(batch, EngineConfig)
+    _add_settings(batch, ServiceSettings, BATCH_SETTINGS)
+
+
+def _add_settings(
+    parser: argparse.ArgumentParser,
+    kind: type[EngineConfig | ServiceSettings],
+    names: Sequence[str] = (),
+) -> None:
+    """A flag for each setting, or for those in `names`."""
     group = parser.add_argument_group(
         "engine" if kind is EngineConfig else "service", description=None
     )
     texts = help_texts(kind)
     defaults = kind()
-    for name in fields(kind):
+    for name in names or fields(kind):
         default = getattr(defaults, name)
         group.add_argument(
             f"--{name.replace('_', '-')}",
