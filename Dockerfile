@@ -19,8 +19,12 @@ RUN pip install --no-cache-dir --extra-index-url https://download.pytorch.org/wh
 
 FROM requirements AS requirements-gpu
 # PyTorch's wheels carry CUDA; FlashInfer compiles some kernels on first use and needs nvcc for it:
-# as an extra of the toolkit that PyTorch pins, so that both are of one version.
-RUN pip install --no-cache-dir '.[gpu]' 'cuda-toolkit[nvcc,cccl]==13.*'
+# as extras of the toolkit that PyTorch pins, so that all are of one version. Versions are those of
+# pyproject.toml. The links are names that FlashInfer's linker flags expect.
+# hadolint ignore=DL3013
+RUN pip install --no-cache-dir '.[gpu]' 'cuda-toolkit[cccl,nvcc,nvvm]==13.*'
+RUN ln -s lib /usr/local/lib/python3.12/site-packages/nvidia/cu13/lib64 \
+ && ln -s libcudart.so.13 /usr/local/lib/python3.12/site-packages/nvidia/cu13/lib/libcudart.so
 
 # Our code and the user; the shape both images share.
 FROM base AS app

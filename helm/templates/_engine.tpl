@@ -56,7 +56,7 @@ there are several, because the Serve service sends requests to every ready pod.
 
 {{/* Settings of the HTTP service; a batch has an engine only. */}}
 {{- define "lockstep.serviceSettings" -}}
-served_model_name host port metrics_port num_ingress api_keys_file max_ongoing_requests resume_wait_s cluster_wait_s drain_s
+served_model_name host port metrics_port num_ingress api_keys_file max_ongoing_requests resume_wait_s cluster_wait_s drain_s log_format
 {{- end }}
 
 {{- define "lockstep.serveConfig" -}}
@@ -105,7 +105,7 @@ applications:
 {{- end -}}
 {{- range concat $words .Values.batch.extraArgs -}}
 {{- /* The line passes through two shells, so what either would read as its own is refused. */ -}}
-{{- if not (regexMatch "^[A-Za-z0-9._/:@=+,%-]+$" .) -}}
+{{- if not (regexMatch "^[A-Za-z0-9._/:@=+,%-]*$" .) -}}
 {{- fail (printf "batch: %q holds characters that a shell reads as its own; use letters, digits and . _ / : @ = + , %% -" .) -}}
 {{- end -}}
 {{- end -}}

@@ -30,7 +30,14 @@ def each(items: Schema) -> Schema:
 
 def document(spec: Schema) -> Schema:
     return fields(
-        "apiVersion", "kind", "metadata", "spec", apiVersion=TEXT, kind=TEXT, metadata=ANY, spec=spec
+        "apiVersion",
+        "kind",
+        "metadata",
+        "spec",
+        apiVersion=TEXT,
+        kind=TEXT,
+        metadata=ANY,
+        spec=spec,
     )
 
 
