@@ -3,6 +3,7 @@
 import pytest
 
 from deployments.domain import Desync, Domain
+from deployments.grammar import State
 from deployments.requests import Request
 from deployments.scheduler import Scheduler
 from parallel.layout import Layout
@@ -132,3 +133,44 @@ def test_a_rank_with_too_few_tokens_is_named():
     one.on_ack(ack(step, 0, tokens=()))
     with pytest.raises(Desync, match="rank 0 sampled 0 tokens in step 0 and its plan has 1"):
         one.on_ack(ack(step, 1, tokens=()))
+
+
+class AnyText:
+    """A matcher that takes everything."""
+
+    def accept(self, token):
+        return State.OPEN
+
+
+def test_masks_are_due_when_all_tokens_before_are_known():
+    one = domain()
+    request = add(one)
+    request.matcher = AnyText()
+    one.schedulers[0]._has_grammars = True
+    assert one.take_mask_due() is None
+    first, second = one.next_step(), one.next_step()
+    assert decode_body(second.bodies[0]).num_masked == 1
+    assert one.take_mask_due() is first
+    assert one.take_mask_due() is None
+    for rank in (0, 1):
+        one.on_ack(ack(first, rank))
+    assert one.take_mask_due() is second
+
+
+def test_a_poisoned_row_ends_its_request():
+    one = domain()
+    request = add(one)
+    step = one.next_step()
+    one.on_ack(ack(step, 1))
+    done = one.on_ack(ack(step, 0, poisoned=(0,)))
+    assert done[0].accepted == [[None]]
+    assert one.schedulers[0].failed == [request]
+
+
+def test_a_rank_that_reports_rows_it_does_not_have_is_named():
+    one = domain()
+    add(one)
+    step = one.next_step()
+    one.on_ack(ack(step, 1))
+    with pytest.raises(Desync, match="rank 0 reports rows"):
+        one.on_ack(ack(step, 0, poisoned=(1,)))

@@ -9,6 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deployments.grammar import Vocabulary, compile_grammar
+from deployments.messages import Grammar
 from deployments.requests import Finish, Request
 from deployments.scheduler import RequestTooLarge, Scheduler, route
 from workers.protocol import Sampling, encode, unpack
@@ -63,9 +65,7 @@ class FakeWorker:
         for slot, page in zip(unpack(body.grow_slots), unpack(body.grow_pages), strict=True):
             self.slots[slot]["pages"].append(int(page))
         chunks = dict(
-            zip(
-                unpack(body.chunk_slots).tolist(), unpack(body.chunk_lengths).tolist(), strict=True
-            )
+            zip(unpack(body.chunk_slots).tolist(), unpack(body.chunk_lengths).tolist(), strict=True)
         )
         decodes = [
             slot
@@ -374,3 +374,95 @@ def test_plans_do_not_depend_on_the_hash_seed():
         ).stdout
 
     assert bodies("1") == bodies("2") != ""
+
+
+# Grammars, and rows that are not numbers
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    """A grammar over the ids of bytes: any of the model's ids, four of them."""
+    return compile_grammar(Grammar("regex", r"(?s)[\x02-\x7f]{4}"), Vocabulary.of_bytes())
+
+
+def constrained(number, prompt, matcher, max_tokens=8):
+    one = request(number, prompt, max_tokens=max_tokens)
+    one.matcher = matcher.copy()
+    return one
+
+
+def test_rows_of_requests_with_a_grammar_are_counted_in_the_body(pairs):
+    world = World()
+    world.scheduler.add(request(0, [5, 6, 7]))
+    world.scheduler.add(constrained(1, [5, 6], pairs))
+    plan = world.scheduler.plan_step(0)
+    assert plan.masked_rows == [1]
+    assert plan.body.num_masked == 1
+
+
+def test_a_request_ends_with_the_last_token_its_grammar_has_room_for(pairs):
+    world = World()
+    one = constrained(0, [5, 6, 7], pairs)
+    world.scheduler.add(one)
+    world.run()
+    assert one.tokens == expected([5, 6, 7], 4, ())
+    assert one.finish is Finish.STOP
+
+
+def test_a_token_the_grammar_does_not_have_ends_only_its_request(pairs):
+    world = World()
+    narrow = compile_grammar(Grammar("regex", r"\x01{9}"), Vocabulary.of_bytes())
+    bad, good = constrained(0, [5, 6, 7], narrow), constrained(1, [8, 9], pairs)
+    world.scheduler.add(bad)
+    world.scheduler.add(good)
+    world.run()
+    assert (bad.finish, bad.failure, bad.num_output) == (Finish.ERROR, "grammar_error", 0)
+    assert good.tokens == expected([8, 9], 4, ())
+    assert world.scheduler.failed == [bad]
+
+
+def test_preemption_leaves_a_matcher_where_it_was(pairs):
+    long = compile_grammar(Grammar("regex", r"(?s)[\x02-\x7f]{12}"), Vocabulary.of_bytes())
+    world = World(num_pages=8, page_size=4, max_num_seqs=4)
+    several = [constrained(i, [5 + i, 6, 7, 8, 9], long, max_tokens=20) for i in range(4)]
+    for one in several:
+        world.scheduler.add(one)
+    world.run()
+    assert world.scheduler.num_preemptions > 0
+    for one in several:
+        assert one.tokens == expected(one.tokens[:5], 12, ())
+        assert one.finish is Finish.STOP
+
+
+def test_a_poisoned_row_ends_its_request_and_nobody_finds_its_pages():
+    world = World(page_size=4)
+    prompt = list(range(10, 23))
+    bad, good = request(0, prompt), request(1, [8, 9])
+    for one in (bad, good):
+        world.scheduler.add(one)
+    world.plan()
+    world.plan()
+    step, tokens = world.flying.popleft()
+    assert world.scheduler.apply(step, tokens, poisoned=[0])[0] is None
+    world.run()
+    assert (bad.finish, bad.failure, bad.num_output) == (Finish.ERROR, "numerical_error", 0)
+    assert good.tokens == expected([8, 9], 8, ())
+    again = request(2, prompt)
+    world.scheduler.add(again)
+    world.run()
+    assert again.num_cached == 0
+
+
+def test_pages_published_before_the_poison_was_seen_are_forgotten():
+    world = World(page_size=4, budget=8)
+    prompt = list(range(10, 23))
+    bad = request(0, prompt)
+    world.scheduler.add(bad)
+    world.plan()
+    world.land()
+    assert world.scheduler.num_cached_tokens(bad.names) == 8
+    world.plan()
+    step, tokens = world.flying.popleft()
+    world.scheduler.apply(step, tokens, poisoned=[0])
+    assert world.scheduler.num_cached_tokens(bad.names) == 0
+    world.run()
