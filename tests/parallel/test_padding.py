@@ -1,0 +1,50 @@
+"""The rule by which rows are padded, against its statement in words, and what it must not do."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from parallel.padding import choose_padding, pad_rows
+
+pytestmark = pytest.mark.row("S10")
+
+COUNTS = st.lists(st.integers(0, 40), min_size=1, max_size=8)
+
+
+@pytest.mark.parametrize(
+    ("counts", "mode"),
+    [
+        ((8, 8, 8, 8, 0, 0, 0, 0), "max_len"),  # a tie
+        ((8, 8, 8, 7, 0, 0, 0, 0), "sum_len"),
+        ((1,), "max_len"),
+        ((0, 0), "max_len"),
+        ((5, 0), "max_len"),
+        ((5, 0, 0), "sum_len"),
+    ],
+)
+def test_decodes_take_what_moves_fewer_rows(counts, mode):
+    assert choose_padding(counts, has_prompts=False) == mode
+
+
+def test_prompts_are_never_padded_to_the_longest():
+    assert choose_padding((7, 7), has_prompts=True) == "sum_len"
+    assert choose_padding((7,), has_prompts=True) == "max_len"
+
+
+@given(counts=COUNTS, has_prompts=st.booleans(), multiple=st.integers(1, 8))
+def test_no_row_is_lost_and_none_padded_without_need(counts, has_prompts, multiple):
+    mode, rows = pad_rows(counts, has_prompts=has_prompts, row_multiple=multiple)
+    assert all(row >= count for row, count in zip(rows, counts, strict=True))
+    assert all(row % multiple == 0 for row in rows)
+    if mode == "max_len":
+        assert len(set(rows)) == 1
+        assert rows[0] - max(counts) < multiple
+    else:
+        assert all(row - count < multiple for row, count in zip(rows, counts, strict=True))
+
+
+@given(counts=COUNTS)
+def test_the_mode_moves_no_more_rows_than_the_other(counts):
+    """Gathering equal parts moves each part to all; summing a buffer moves it twice."""
+    cost = {"max_len": max(counts) * len(counts), "sum_len": 2 * sum(counts)}
+    assert cost[choose_padding(counts, has_prompts=False)] == min(cost.values())

@@ -1,0 +1,163 @@
+"""A model in whole numbers: the real layers, with every smooth function replaced by a stepped one.
+
+Sums of whole numbers under 2**24 are exact in float32 in any order, so a split model must give the
+very numbers of a whole one. The stepped functions are not linear: a norm, a gate or a router that
+sees a part of a sum, or another row, gives something else.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from parallel.dp_attention import RowCounts
+from parallel.groups import Groups, single_rank_groups
+from parallel.plan import PlanSettings
+from tests.workers.layers.tiny import CONFIG
+from workers.batch import ForwardBatch
+from workers.layers import fast, moe, norm, rotary
+from workers.layers.dispatch import Routing
+from workers.model_config import ModelConfig, MoeConfig
+from workers.models import Model, build_model
+from workers.weights import OneOf
+
+CPU = torch.device("cpu")
+LIMIT = 2**24
+PLAIN = PlanSettings()
+
+
+def sparse_config(dense_layers: Sequence[int], num_layers: int) -> ModelConfig:
+    """Sizes that 8 ranks divide, but for the experts and the vocabulary, which are padded."""
+    return replace(
+        CONFIG,
+        architecture="Qwen3MoeForCausalLM",
+        vocab_size=37,
+        hidden_size=16,
+        intermediate_size=16,
+        num_layers=num_layers,
+        num_heads=8,
+        num_kv_heads=4,
+        head_dim=2,
+        tie_word_embeddings=True,
+        moe=MoeConfig(
+            num_experts=6,
+            num_experts_per_token=2,
+            intermediate_size=8,
+            norm_topk_prob=True,
+            sparse_step=1,
+            dense_layers=frozenset(dense_layers),
+        ),
+    )
+
+
+CONFIGS = (sparse_config((0, 3), 4), sparse_config((1, 2), 4))
+"""Dense, sparse, sparse, dense; and the other way round: every pair of neighbours is there."""
+
+
+def stepped_norm(self: object, x: Tensor, weight: Tensor) -> Tensor:
+    return (torch.remainder(x, 7.0) - 3.0) * weight
+
+
+def stepped_gate(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return torch.remainder(gate.relu() - up, 5.0) - 2.0
+
+
+def stepped_route(logits_TE: Tensor, num_chosen: int, *, normalise: bool) -> Routing:
+    """The highest scores; the lower id wins a tie. The best counts most."""
+    apart_TE = logits_TE * 16 - torch.arange(logits_TE.shape[1])
+    expert_TK = apart_TE.topk(num_chosen, dim=-1).indices
+    weight_K = torch.arange(num_chosen, 0, -1, dtype=logits_TE.dtype)
+    return Routing(weight_K.expand(expert_TK.shape), expert_TK)
+
+
+class SteppedRotation:
+    """Scales a row by what its position leaves over."""
+
+    def __init__(self, positions_T: Tensor) -> None:
+        self._factor_T11 = (1 + positions_T % 3).float()[:, None, None]
+
+    def apply(self, x_THD: Tensor) -> Tensor:
+        return x_THD * self._factor_T11
+
+
+class LinearAttention:
+    """Sums what came before, weighted by whole numbers; sequences lie one after another."""
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        self._lengths = list(lengths)
+
+    def attend(self, layer, q_THD, k_TGD, v_TGD, *, scale, sliding_window):
+        repeat = q_THD.shape[1] // k_TGD.shape[1]
+        k_THD, v_THD = k_TGD.repeat_interleave(repeat, 1), v_TGD.repeat_interleave(repeat, 1)
+        outs = []
+        parts = zip(*(x.split(self._lengths) for x in (q_THD, k_THD, v_THD)), strict=True)
+        for q, k, v in parts:
+            score_HTS = torch.remainder(torch.einsum("thd,shd->hts", q, k), 3.0).tril()
+            outs.append(torch.remainder(torch.einsum("hts,shd->thd", score_HTS, v), 11.0) - 5.0)
+        return torch.cat(outs)
+
+
+def install(patch) -> None:
+    """Replace the smooth functions for as long as `patch` (pytest's) lasts."""
+    patch.setattr(norm.UnitRms, "forward", stepped_norm)
+    patch.setattr(fast, "silu_and_multiply", stepped_gate)
+    patch.setattr(moe, "silu_and_multiply", stepped_gate)
+    patch.setattr(moe, "route", stepped_route)
+    patch.setattr(rotary.RotaryTable, "at", lambda self, positions_T: SteppedRotation(positions_T))
+
+
+@cache
+def whole_tensor(name: str, shape: tuple[int, ...], is_norm: bool) -> Tensor:
+    seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest(), "little")
+    generator = torch.Generator().manual_seed(seed)
+    low, high = (1, 3) if is_norm else (-1, 2)
+    return torch.randint(low, high, shape, generator=generator).float()
+
+
+def build(
+    config: ModelConfig, groups: Groups | None = None, settings: PlanSettings = PLAIN
+) -> Model:
+    """The model with its weights of -1, 0 and 1, the same in every layout."""
+    model = build_model(config, groups or single_rank_groups(), CPU, torch.float32, settings)
+    for each in model.sources():
+        for source in each.formats[0] if isinstance(each, OneOf) else (each,):
+            full = whole_tensor(source.name, source.shape, source.dummy == "ones")
+            for part in source.parts:
+                part.into.copy_(full[part.region])
+    return model
+
+
+def sequences_of(seed: int, lengths: Sequence[int]) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, 37, (length,), generator=generator).tolist() for length in lengths]
+
+
+def batch_of(
+    sequences: Sequence[Sequence[int]], counts: RowCounts | None, num_rows: int, pad_id: int = 0
+) -> ForwardBatch:
+    """Whole prompts, padded to `num_rows` rows."""
+    ids = [token for sequence in sequences for token in sequence]
+    positions = [place for sequence in sequences for place in range(len(sequence))]
+    pads = [pad_id] * (num_rows - len(ids))
+    return ForwardBatch(
+        input_ids_T=torch.tensor(ids + pads, dtype=torch.int64),
+        positions_T=torch.tensor(positions, dtype=torch.int64),
+        logit_rows_R=torch.arange(len(ids)),
+        attention=LinearAttention([len(sequence) for sequence in sequences]),
+        counts=counts,
+    )
+
+
+def whole_logits(config: ModelConfig, sequences: Sequence[Sequence[int]]) -> Tensor:
+    """What one rank says of all rows."""
+    with torch.inference_mode():
+        model = build(config)
+        num_rows = sum(map(len, sequences))
+        logits = model.logits(model.forward(batch_of(sequences, None, num_rows)))
+    if logits.abs().max() >= LIMIT or not torch.equal(logits, logits.round()):
+        raise ValueError("these are no exact whole numbers")
+    return logits
