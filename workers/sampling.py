@@ -7,8 +7,8 @@ remember on the device: its last token and, for those with penalties, how often 
 The order is: log-probabilities of the raw logits; logit bias and ids barred until `min_tokens`;
 penalties; what a grammar allows; temperature; min_p, top_k, top_p; the draw. Which ids survive is
 decided by the value of the last one that does, so ids with equal logits stay or go together, in
-whatever order a sort leaves them. The draw is a race of exponentials keyed by (seed, nonce, position): see
-`kernels.philox`. The lowest id wins a tie.
+whatever order a sort leaves them. The draw is a race of exponentials keyed by (seed, nonce,
+position): see `kernels.philox`. The lowest id wins a tie.
 
 Shapes: R rows, V vocabulary, S slots, N rows of a kind, K candidates of a row.
 """
@@ -234,8 +234,11 @@ class Sampler:
         if extras.penalties is not None:
             self._penalise(edited_RV, extras.penalties)
         if allowed is not None:
+            raw_NV = logits_RV[allowed.rows_N].masked_fill_(allowed.barred_NV, NEVER)
             kept_NV = edited_RV[allowed.rows_N].masked_fill_(allowed.barred_NV, NEVER)
-            edited_RV[allowed.rows_N] = kept_NV
+            # What a grammar has left may be barred by `min_tokens`: the grammar counts.
+            is_left_N1 = kept_NV.amax(dim=-1, keepdim=True) > NEVER
+            edited_RV[allowed.rows_N] = torch.where(is_left_N1, kept_NV, raw_NV)
         return edited_RV
 
     def _barred(

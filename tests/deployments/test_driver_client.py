@@ -7,11 +7,27 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from deployments.driver_client import DriverClient, Event, GenerateSpec
-from deployments.errors import EngineUnavailable, Overloaded, RequestError, ServiceError
-from deployments.messages import Cancel, DriverBeat, Finish, IngressBeat, Submit, Tokens
+from deployments.errors import (
+    EngineUnavailable,
+    GenerationFailed,
+    Overloaded,
+    RequestError,
+    ServiceError,
+)
+from deployments.messages import (
+    Cancel,
+    DriverBeat,
+    Finish,
+    Grammar,
+    IngressBeat,
+    RequestFailed,
+    Submit,
+    Tokens,
+)
 from tests.deployments.fakes import FakeDriver, counting, saying
 from workers.protocol import Sampling, pack, unpack
 
@@ -501,3 +517,40 @@ def test_closing_fails_what_is_unfinished(driver):
             client.generate([spec()])
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("code", ["numerical_error", "grammar_error"])
+def test_a_generation_that_fails_is_not_tried_again(driver, code):
+    driver.step_s = 60
+
+    async def main():
+        async with connected(driver) as client:
+            listening = asyncio.create_task(listen(client, spec()))
+            await until(lambda: driver.num_running == 1)
+            driver.say(RequestFailed(driver.of(Submit)[0].request, code))
+            with pytest.raises(GenerationFailed) as caught:
+                await listening
+            await asyncio.to_thread(driver.restart)
+            await until(lambda: client.ready)
+            return caught.value, len(driver.of(Submit)), client.num_live
+
+    error, num_submits, num_live = asyncio.run(main())
+    assert (error.status, error.code, error.type) == (500, code, "server_error")
+    assert (num_submits, num_live) == (1, 0)
+
+
+def test_a_grammar_is_sent_along_and_again(driver):
+    grammar = Grammar("regex", "[0-9]+", "guided_regex")
+
+    async def main():
+        async with connected(driver) as client:
+            driver.step_s = 0.005
+            heard = Heard()
+            one = msgspec.structs.replace(spec(20), grammar=grammar)
+            listening = asyncio.create_task(listen(client, one, into=heard))
+            await until(lambda: len(heard.events) > 3)
+            await asyncio.to_thread(driver.restart)
+            await listening
+
+    asyncio.run(main())
+    assert [submit.grammar for submit in driver.of(Submit)] == [grammar, grammar]

@@ -62,6 +62,9 @@ class FakeRunner:
         rows_R = np.arange(len(ones_R), dtype=np.int32)
         return rows_R + ones_R.cpu().numpy().astype(np.int32) + 10 * header.step
 
+    def mask(self, pending, mask):
+        pending += 1000 * unpack(mask.rows)[0]
+
     def is_done(self, pending):
         return True
 

@@ -1,6 +1,7 @@
 from random import Random
 
 import msgspec
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,7 +12,16 @@ from parallel.layout import Layout
 from tests.workers.random_driver import Planned, RandomDriver, Request
 from workers.batch import ForwardBatch, ProtocolError
 from workers.config import EngineConfig
-from workers.protocol import Admit, Body, Header, Sampling, TokenLogprobs, pack
+from workers.protocol import (
+    Admit,
+    Body,
+    Header,
+    Mask,
+    Sampling,
+    TokenLogprobs,
+    mask_bytes,
+    pack,
+)
 from workers.runner import ModelRunner, StepResult
 
 CPU = torch.device("cpu")
@@ -290,3 +300,46 @@ def test_the_bundled_model_says_what_it_needs_and_runs():
     )
     pieces = run_body(runner, Body(chunk_slots=pack([1]), chunk_lengths=pack([1])), 1, 1)
     assert pieces.ids.tolist() == whole
+
+
+# Masks
+
+
+def only_ids(ids: list[list[int]]) -> bytes:
+    bits = np.zeros((len(ids), mask_bytes(VOCAB) * 8), np.uint8)
+    for row, allowed in enumerate(ids):
+        bits[row, allowed] = 1
+    return np.packbits(bits, axis=1, bitorder="little").tobytes()
+
+
+def two_entering(sampling: Sampling) -> Body:
+    admits = tuple(Admit(slot, pack([5, 6]), 2, 0, pack([slot]), sampling) for slot in (0, 1))
+    return Body(admits=admits, chunk_slots=pack([0, 1]), chunk_lengths=pack([2, 2]), num_masked=1)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_masked_row_samples_what_is_allowed_and_the_others_as_ever(temperature):
+    sampling = Sampling(temperature=temperature, seed=1)
+    plain = run_body(
+        new_runner(), msgspec.structs.replace(two_entering(sampling), num_masked=0), 4, 2
+    )
+    runner = new_runner()
+    pending = runner.launch(header(4, 2), two_entering(sampling), 0)
+    assert not runner.is_done(pending)
+    runner.mask(pending, Mask(1, 0, pack([1]), only_ids([[40]])))
+    assert runner.is_done(pending)
+    assert runner.finish(pending).ids.tolist() == [plain.ids[0], 40]
+    again = runner.launch(header(2, 2), Body(num_masked=1), 0)
+    runner.mask(again, Mask(1, 1, pack([0]), only_ids([[7, 8]])))
+    assert runner.finish(again).ids[0] in (7, 8)
+
+
+@pytest.mark.parametrize(
+    ("rows", "bits"),
+    [([], b""), ([0, 1], only_ids([[1], [1]])), ([2], only_ids([[1]])), ([0], b"12")],
+)
+def test_a_mask_that_does_not_fit_its_step_is_refused(rows, bits):
+    runner = new_runner()
+    pending = runner.launch(header(4, 2), two_entering(Sampling()), 0)
+    with pytest.raises(ProtocolError, match="mask"):
+        runner.mask(pending, Mask(1, 0, pack(rows), bits))

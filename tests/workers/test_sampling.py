@@ -6,8 +6,8 @@ import torch
 
 from kernels.philox import exponential_noise, words_all
 from workers.batch import StepRows
-from workers.protocol import Admit, Sampling, pack
-from workers.sampling import Sampled, Sampler, Truncation, draw, lowest_kept
+from workers.protocol import Admit, Mask, Sampling, mask_bytes, pack
+from workers.sampling import Allowed, Sampled, Sampler, Truncation, draw, lowest_kept
 
 CPU = torch.device("cpu")
 GREEDY = Sampling(temperature=0.0)
@@ -222,3 +222,51 @@ def test_a_poisoned_row_disturbs_nobody(bad):
         assert 0 <= int(sampled.ids_R[sick]) < 600
         others = [row for row in range(3) if row != sick]
         assert sampled.ids_R[others].tolist() == healthy.ids_R[others].tolist()
+
+
+# Grammars
+
+
+def masked(logits, allowed: list[int], sampling: Sampling, position: int = 2) -> int:
+    """What one row samples of the ids that a grammar leaves it."""
+    vocab = len(logits)
+    bits = np.zeros(mask_bytes(vocab) * 8, np.uint8)
+    bits[allowed] = 1
+    mask = Mask(1, 0, pack([0]), np.packbits(bits, bitorder="little").tobytes())
+    sampler = Sampler(max_num_seqs=1, vocab_size=vocab, device=CPU)
+    sampler.admit(Admit(0, pack([1]), 1, 0, b"", sampling))
+    rows = StepRows(
+        np.array([0]), (), np.array([position - 1]), np.zeros(1, np.int64), np.arange(1),
+        np.array([0]), (),
+    )  # fmt: skip
+    logits_RV = torch.tensor([logits])
+    kept = logits_RV.clone()
+    ids = sampler.sample(logits_RV, rows, Allowed.unpacked(mask, vocab, CPU)).ids_R
+    assert torch.equal(logits_RV, kept)
+    return int(ids[0])
+
+
+LOGITS = [5.0, 4.0, 3.0, 2.0, 1.0, 0.0]
+
+
+def test_the_likeliest_of_the_allowed_is_taken():
+    assert masked(LOGITS, [3, 5], Sampling(temperature=0.0)) == 3
+
+
+def test_a_bias_does_not_bring_back_what_is_not_allowed():
+    sampling = Sampling(temperature=0.0, logit_bias=((0, 100.0), (5, 100.0)))
+    assert masked(LOGITS, [3, 5], sampling) == 5
+
+
+def test_draws_are_cut_among_the_allowed():
+    drawn = {
+        masked(LOGITS, [3, 4, 5], Sampling(temperature=50.0, top_k=2, seed=seed))
+        for seed in range(30)
+    }
+    assert drawn == {3, 4}
+
+
+def test_what_min_tokens_bars_is_lifted_where_nothing_else_is_allowed():
+    sampling = Sampling(temperature=0.0, min_tokens=4, stop_token_ids=(3,))
+    assert masked(LOGITS, [3, 5], sampling) == 5
+    assert masked(LOGITS, [3], sampling) == 3

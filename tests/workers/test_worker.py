@@ -1,5 +1,6 @@
 """A rank's own rules: what it refuses, when it leaves, what it says of itself."""
 
+import re
 import threading
 import time
 from types import ModuleType
@@ -15,16 +16,22 @@ from workers.config import EngineConfig, Failpoint
 from workers.failpoints import Failpoints
 from workers.link import Pulse
 from workers.protocol import (
+    MASK,
     PROTOCOL_VERSION,
+    STEP,
+    Ack,
     Beat,
     Body,
     Failed,
     Header,
     Hello,
+    Mask,
     Ready,
     Start,
     digest,
     encode,
+    pack,
+    unpack,
 )
 from workers.spec import WorkerSpec, read_failpoints
 from workers.worker import StepChain, StepRefused, Worker, refuse_foreign_kernels, sentence
@@ -241,3 +248,72 @@ def test_failpoints_are_for_one_rank_and_epoch_and_fire_once():
     assert failpoints.take("slow", 5)
     assert not failpoints.take("slow", 5)
     assert read_failpoints("") == ()
+
+
+# Masks
+
+
+def send_masked(driver):
+    """A step of three logit rows whose sampling waits for a mask of one."""
+    body = encode(Body(num_masked=1))
+    header, _ = driver.plan(bodies=(digest(body),))
+    driver.link.send(0, STEP, header, body)
+    driver.previous[0] = digest(header)
+    driver.step[0] += 1
+
+
+def send_mask(driver, step, row=2, epoch=1):
+    driver.link.send(0, MASK, encode(Mask(epoch, step, pack([row]), b"")))
+
+
+def test_a_step_samples_after_its_mask_and_the_next_one_waits(link, run):
+    rank, driver = run(), TinyDriver(link, ALONE, epoch=1)
+    driver.handshake()
+    driver.run_step()
+    send_masked(driver)
+    driver.send_step()
+    driver.pump(0.2)
+    assert not [message for _, message in driver.inbox if isinstance(message, Ack)]
+    send_mask(driver, step=1)
+    acks = [ack for _, ack in driver.collect(Ack, 2)]
+    assert [ack.step for ack in acks] == [1, 2]
+    assert [unpack(ack.tokens).tolist()[0] for ack in acks] == [2011, 21]
+    send_masked(driver)
+    send_mask(driver, step=3, row=1)
+    [(_, ack)] = driver.collect(Ack, 1)
+    assert unpack(ack.tokens).tolist() == [1031, 1032, 1033]
+    driver.stop_all()
+    rank.ended()
+
+
+@pytest.mark.parametrize(
+    ("step", "epoch", "awaits"), [(0, 1, False), (5, 1, True), (0, 2, True), (1, 1, True)]
+)
+def test_a_mask_for_another_step_is_refused(link, run, step, epoch, awaits):
+    rank, driver = run(), TinyDriver(link, ALONE, epoch=1)
+    driver.handshake()
+    if awaits:
+        send_masked(driver)
+    send_mask(driver, step=step, epoch=epoch)
+    [(_, failed)] = driver.collect(Failed, 1, fatal=False)
+    assert re.match("StepRefused: rank 0 is at step .* and got a mask for step", failed.reason)
+    rank.ended()
+
+
+def test_a_driver_that_runs_ahead_of_its_masks_is_refused(link, run):
+    rank, driver = run(), TinyDriver(link, ALONE, epoch=1)
+    driver.handshake()
+    send_masked(driver)
+    driver.send_step()
+    driver.send_step()
+    [(_, failed)] = driver.collect(Failed, 1, fatal=False)
+    assert "got two steps more while step 0 awaits its mask" in failed.reason
+    rank.ended()
+
+
+def test_a_rank_that_awaits_a_mask_leaves_when_told(link, run):
+    rank, driver = run(), TinyDriver(link, ALONE, epoch=1)
+    driver.handshake()
+    send_masked(driver)
+    driver.stop_all()
+    rank.ended()
