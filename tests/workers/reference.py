@@ -9,6 +9,7 @@ import transformers
 from torch import Tensor
 from torch.nn import functional
 
+from parallel.dp_attention import RowCounts
 from parallel.groups import Groups, single_rank_groups
 from workers.batch import ForwardBatch
 from workers.models import Model, build_model, read_model_config
@@ -65,8 +66,8 @@ class DenseAttention:
         return torch.cat(outs)
 
 
-def batch_of(sequences: Sequence[Sequence[int]]) -> ForwardBatch:
-    """Whole prompts, all of whose rows want logits."""
+def batch_of(sequences: Sequence[Sequence[int]], num_replicas: int = 1) -> ForwardBatch:
+    """Whole prompts, all of whose rows want logits; every replica has the same."""
     lengths = [len(sequence) for sequence in sequences]
     ids = torch.tensor([token for sequence in sequences for token in sequence], dtype=torch.int64)
     return ForwardBatch(
@@ -74,6 +75,7 @@ def batch_of(sequences: Sequence[Sequence[int]]) -> ForwardBatch:
         positions_T=torch.cat([torch.arange(length) for length in lengths]),
         logit_rows_R=torch.arange(len(ids)),
         attention=DenseAttention(lengths),
+        counts=RowCounts(*((sum(lengths),) * num_replicas,) * 3),
     )
 
 
@@ -102,9 +104,10 @@ def load(folder: Path, groups: Groups | None = None) -> Model:
     return model
 
 
-def logits_of(model: Model, sequences: Sequence[Sequence[int]]) -> Tensor:
+def logits_of(model: Model, sequences: Sequence[Sequence[int]], num_replicas: int = 1) -> Tensor:
+    batch = batch_of(sequences, num_replicas)
     with torch.inference_mode():
-        return model.logits(model.forward(batch_of(sequences)))
+        return model.logits(model.forward(batch), (len(batch.input_ids_T),) * num_replicas)
 
 
 def expected_logits(

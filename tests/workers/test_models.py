@@ -87,6 +87,11 @@ LAYOUTS = {
     "ep 4, padded experts": Layout(tp_size=4, ep_size=4),
     "two replicas": Layout(tp_size=2, dp_size=2),
     "dense layers whole": Layout(tp_size=2, moe_dense_tp_size=1),
+    "two attention replicas": Layout(tp_size=4, dp_size=2, enable_dp_attention=True),
+    "four attention replicas": Layout(tp_size=4, dp_size=4, enable_dp_attention=True),
+    "dense layers in a replica": Layout(
+        tp_size=4, dp_size=2, enable_dp_attention=True, moe_dense_tp_size=2
+    ),
 }
 
 
@@ -101,7 +106,8 @@ def test_every_layout_gives_the_logits_of_one_rank(case, layout, tmp_path):
     save_tiny(tmp_path, family, **changes)
     expected = logits_of(load(tmp_path), SEQUENCES)
     for logits in run_thread_world(
-        LAYOUTS[layout], lambda rank, groups: logits_of(load(tmp_path, groups), SEQUENCES)
+        LAYOUTS[layout],
+        lambda rank, groups: logits_of(load(tmp_path, groups), SEQUENCES, groups.attn_dp.size),
     ):
         torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
 
