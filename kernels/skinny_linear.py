@@ -69,10 +69,11 @@ def skinny_linear(
     *,
     gated: bool = False,
     out_dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
     tile: int = TILE,
     num_warps: int = 4,
 ) -> Tensor:
-    """(T, N), or (T, N / 2) if gated."""
+    """(T, N), or (T, N / 2) if gated; written to `out` where the caller has a place for it."""
     num_rows, num_in = x_TK.shape
     num_out = weight_NK.shape[0] // 2 if gated else weight_NK.shape[0]
     refuse_unless(
@@ -86,7 +87,12 @@ def skinny_linear(
     refuse_unless(
         x_TK.is_contiguous() and weight_NK.is_contiguous(), "x and weight must be contiguous"
     )
-    out = torch.empty(num_rows, num_out, dtype=out_dtype or x_TK.dtype, device=x_TK.device)
+    if out is None:
+        out = torch.empty(num_rows, num_out, dtype=out_dtype or x_TK.dtype, device=x_TK.device)
+    refuse_unless(
+        out.shape == (num_rows, num_out) and out.is_contiguous(),
+        f"out {tuple(out.shape)} must be contiguous and {(num_rows, num_out)}",
+    )
     block_k = triton.next_power_of_2(num_in)
     block_n = max(1, tile // block_k // (2 if gated else 1))
     pdl = has_pdl(x_TK)

@@ -20,7 +20,6 @@ and the ledger are the same there.
 
 import math
 import threading
-import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -121,12 +120,17 @@ class ModelSizes(NamedTuple):
 
 
 def model_needs(
-    layout: Layout, sizes: ModelSizes, collectives: Iterable[tuple[str, GroupName]]
+    layout: Layout,
+    sizes: ModelSizes,
+    collectives: Iterable[tuple[str, GroupName]],
+    *,
+    has_uneven_shares: bool = False,
 ) -> list[Need]:
     """The slots for a model's (op, group) pairs, in the order given.
 
     A group inside a replica works on the replica's rows, one that reaches over replicas on the
-    rows of all, each padded to the longest. Rows are aligned as a step's are.
+    rows of all, each padded to the longest. Rows are aligned as a step's are. With uneven shares
+    what is scattered is first put at equal distances, in a slot of its own.
     """
     unit = layout.attn_tp_size * (2 * layout.attn_cp_size if layout.attn_cp_size > 1 else 1)
     local = -(-sizes.num_rows // unit) * unit
@@ -141,7 +145,7 @@ def model_needs(
             needs.append(Need("reduced", (name,), whole))
         if op == "reduce_scatter":
             needs.append(Need("local_dp" if is_shared else "scattered", (name,), part))
-            if not is_shared:
+            if not is_shared or has_uneven_shares:
                 needs.append(Need("scatter_in", (name,), whole))
         if op == "all_gather":
             gathered = Need("global_dp" if is_shared else "local_dp", (name,), num_ranks * part)
@@ -149,10 +153,17 @@ def model_needs(
     return needs
 
 
-def logit_needs(layout: Layout, sizes: ModelSizes) -> list[Need]:
-    """The head's: every rank's columns, gathered over attn_tp."""
+def logit_needs(
+    layout: Layout, sizes: ModelSizes, *, spans_replicas: bool, itemsize: int = 4
+) -> list[Need]:
+    """The head's. Within a replica every rank's columns of float32 logits are gathered; over
+    replicas their hidden rows are, and the columns come back by an all-to-all."""
+    if spans_replicas:
+        part = sizes.num_logit_rows * sizes.hidden_size * sizes.itemsize
+        whole = layout.attn_dp_size * part
+        return [Need("gather_in", ("attn_dp",), part), Need("global_dp", ("attn_dp",), whole)]
     num_ranks = layout.attn_tp_size
-    part = sizes.num_logit_rows * -(-sizes.vocab_size // num_ranks) * sizes.itemsize
+    part = sizes.num_logit_rows * -(-sizes.vocab_size // num_ranks) * itemsize
     whole = num_ranks * part
     return [Need("logits", ("attn_tp",), part), Need("all_logits", ("attn_tp",), whole)]
 
@@ -230,7 +241,6 @@ class Arena:
         self._by_members: dict[tuple[Role, tuple[int, ...]], Slot] = {}
         self._users: dict[str, frozenset[int]] = {}
         self._typed: dict[torch.dtype, Tensor] = {}
-        self._holders: dict[str, weakref.ref[Tensor]] = {}
 
     def open(
         self,
@@ -274,7 +284,10 @@ class Arena:
     def take(
         self, role: Role, group: Member, shape: Sequence[int], dtype: torch.dtype
     ) -> Tensor | None:
-        """The slot of this role and group as a tensor; None if none was declared."""
+        """The slot of this role and group as a tensor; None if none was declared.
+
+        What was in it is gone: who keeps a tensor beyond the next of its role keeps a copy.
+        """
         slot = self.slot_of(role, group)
         if slot is None:
             return None
@@ -284,19 +297,11 @@ class Arena:
                 f"{tuple(shape)} of {dtype} are {math.prod(shape) * itemsize} bytes and the slot "
                 f"{slot.name} has {slot.num_bytes}: a step is larger than the arena was planned for"
             )
-        holder = self._holders.get(slot.name)
-        if holder is not None and holder() is not None:
-            raise SymmetryError(
-                f"the slot {slot.name} is asked for while its last tensor is still held: it would "
-                "be overwritten; let go of it first, or give the two different roles"
-            )
         whole = self._typed.get(dtype)
         if whole is None:
             whole = self._typed[dtype] = self._bytes().view(dtype)
         stride = _strides(shape)
-        tensor = torch.as_strided(whole, tuple(shape), stride, self.place(slot) // itemsize)
-        self._holders[slot.name] = weakref.ref(tensor)
-        return tensor
+        return torch.as_strided(whole, tuple(shape), stride, self.place(slot) // itemsize)
 
     def slot_of(self, role: Role, group: Member) -> Slot | None:
         """By the group's name, else that of another group with the same members."""

@@ -19,7 +19,13 @@ from torch import Tensor
 
 from parallel.arena import Role
 from parallel.groups import Call, Group, Transport
-from parallel.symmetric import Op, is_allocation_symmetric, judge, use_symmetric_memory
+from parallel.symmetric import (
+    Op,
+    is_allocation_symmetric,
+    judge,
+    out_of_slot,
+    use_symmetric_memory,
+)
 
 
 def _transport(group: Group) -> Transport:
@@ -60,11 +66,12 @@ def all_gather_rows(
     """
     if group.size == 1:
         return x_TD
+    if out is not None:
+        _refuse_overlap("all_gather", group, x_TD, out)
     x_TD, reason = _staged(x_TD.contiguous(), group, "gather_in")
     if out is None:
         role = role or ("global_dp" if group.is_shared else "local_dp")
         out = _output(x_TD, group, role, (group.size * x_TD.shape[0], *x_TD.shape[1:]))
-    _refuse_overlap("all_gather", group, x_TD, out)
     transport = _enter("all_gather", group, x_TD, out, reason)
     transport.all_gather(out, x_TD)
     group.ledger.is_inside = False
@@ -77,7 +84,8 @@ def all_gather_columns(x_TD: Tensor, group: Group, *, role: Role | None = None) 
         return x_TD
     num_rows, num_cols = x_TD.shape
     stacked = all_gather_rows(x_TD, group, role=role).view(group.size, num_rows, num_cols)
-    return stacked.transpose(0, 1).reshape(num_rows, group.size * num_cols)
+    columns = stacked.transpose(0, 1).reshape(num_rows, group.size * num_cols)
+    return out_of_slot(columns, group)  # of a single row it is a view
 
 
 def reduce_scatter_rows(
@@ -91,11 +99,12 @@ def reduce_scatter_rows(
     if group.size == 1:
         return x_TD
     _refuse_uneven(x_TD, group)
+    if out is not None:
+        _refuse_overlap("reduce_scatter", group, x_TD, out)
     x_TD, reason = _staged(x_TD.contiguous(), group, "scatter_in")
     if out is None:
         role = role or ("local_dp" if group.is_shared else "scattered")
         out = _output(x_TD, group, role, (x_TD.shape[0] // group.size, *x_TD.shape[1:]))
-    _refuse_overlap("reduce_scatter", group, x_TD, out)
     transport = _enter("reduce_scatter", group, x_TD, out, reason)
     transport.reduce_scatter(out, x_TD)
     group.ledger.is_inside = False
@@ -116,9 +125,15 @@ def all_to_all_rows(x_TD: Tensor, group: Group) -> Tensor:
 
 
 def _staged(x: Tensor, group: Group, role: Role) -> tuple[Tensor, str]:
-    """A gather's or scatter's input in its slot: copied there, and noted, if it lies elsewhere."""
+    """A gather's or scatter's input in its slot: copied there, and noted, if it lies elsewhere.
+
+    A part of a slot, as one rank's share of its rows, is elsewhere on every rank.
+    """
     arena = group.arena
-    if not arena.is_open or x.numel() == 0 or arena.find(x) is not None:
+    if not arena.is_open or x.numel() == 0:
+        return x, ""
+    place = arena.find(x)
+    if place is not None and place.offset == place.slot.offset:
         return x, ""
     memory = use_symmetric_memory(
         group, role, op="all_gather", disabled=not is_allocation_symmetric(group)

@@ -101,6 +101,29 @@ def use_symmetric_memory(
     return SlotMemory(group, role, op)
 
 
+def place_in_slot(
+    group: Group, shape: Sequence[int], like: Tensor, *, role: Role = "reduced"
+) -> Tensor | None:
+    """Where to write what is then summed over `group`; None where ordinary memory will do."""
+    if not group.arena.is_open or group.size == 1:
+        return None
+    memory = use_symmetric_memory(group, role, disabled=not is_allocation_symmetric(group))
+    return None if memory is None else memory.empty(shape, like)
+
+
+def moved_to_slot(x: Tensor, group: Group, *, role: Role) -> Tensor:
+    """`x`, copied to the slot if it lies elsewhere: for producers that cannot write there."""
+    if not group.arena.is_open or group.size == 1 or group.arena.find(x) is not None:
+        return x
+    place = place_in_slot(group, x.shape, x, role=role)
+    return x if place is None else place.copy_(x)
+
+
+def out_of_slot(x: Tensor, group: Group) -> Tensor:
+    """`x`, copied if it lies in a slot: for what is kept when the slot is written again."""
+    return x.clone() if group.arena.is_open and group.arena.find(x) is not None else x
+
+
 def get_local_dp_buffer(group: Group, shape: Sequence[int], like: Tensor) -> Tensor:
     """Where a collective over `group` writes rows of this rank's own replica.
 
@@ -169,7 +192,7 @@ def _flaw(group: Group, place: Place | None) -> str:
         return "unregistered"
     if not group.arena.may_use(place.slot, group.transport):
         return "wrong_group"
-    return ""
+    return "" if place.offset == place.slot.offset else "part_of_slot"
 
 
 def _excuse(op: Op, group: Group, send: Tensor) -> str:
@@ -185,6 +208,11 @@ def _sentence(op: Op, group: Group, side: Side, x: Tensor, flaw: str, place: Pla
     what = f"{op} over {group.name} {group.members}: its {side} tensor {tuple(x.shape)} {x.dtype}"
     if place is None:
         return f"{what} lies outside the symmetric arena; take it with use_symmetric_memory"
+    if flaw == "part_of_slot":
+        return (
+            f"{what} begins {place.offset - place.slot.offset} bytes inside slot "
+            f"{place.slot.name}: elsewhere than on other ranks"
+        )
     declared = ", ".join(place.slot.groups)
     if flaw == "unregistered":
         return f"{what} is in slot {place.slot.name}, and the arena is not registered there"

@@ -123,10 +123,10 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation(
         "S12",
-        "a slot is handed out while it is held",
-        "parallel/arena.py",
-        "        if holder is not None and holder() is not None:\n",
-        "        if False:\n",
+        "the residual stream stays in a slot that is written again",
+        "parallel/symmetric.py",
+        "    return x.clone() if group.arena.is_open and group.arena.find(x) is not None else x\n",
+        "    return x\n",
     ),
 )
 

@@ -24,6 +24,7 @@ from parallel.dp_attention import RowCounts
 from parallel.groups import Groups, Ledger
 from parallel.layout import Layout
 from workers import bundled
+from workers.architectures import plan_of
 from workers.attention import PagedAttention
 from workers.batch import BatchState, Chunk, ForwardBatch, ProtocolError, StepRows
 from workers.cache import KVCache, bytes_per_page, pages_that_fit
@@ -41,6 +42,7 @@ from workers.protocol import (
     unpack,
 )
 from workers.sampling import Allowed, PendingLogprobs, Sampler, token_logprobs
+from workers.symmetric import open_arena
 from workers.weights import dummy_weights, load_weights
 
 if TYPE_CHECKING:
@@ -117,6 +119,8 @@ def load_model(
     name = config.dtype
     if name == "auto":
         name = "float32" if device.type == "cpu" else model_config.dtype
+    if config.enable_symm_mem:
+        open_arena(config, model_config, plan_of(config), groups, device, DTYPES[name])
     model = build_model(model_config, groups, device, DTYPES[name], config.plan_settings)
     if config.load_format == "dummy":
         dummy_weights(model, config.seed)

@@ -250,6 +250,7 @@ class Worker:
         )
         link.send(self._ready(runner))
         runner.allocate(self._await(link, Serve).num_pages)
+        groups.arena.seal()
         link.send(Started(self._spec.epoch, self._spec.rank))
         try:
             while True:

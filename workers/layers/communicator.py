@@ -24,6 +24,7 @@ from parallel.dp_attention import (
 )
 from parallel.groups import Group
 from parallel.plan import Boundary, Move, PlanError, Rows
+from parallel.symmetric import out_of_slot
 from workers.layers.build import Build
 
 Mover = Callable[[Tensor, RowSplit | None], Tensor]
@@ -44,6 +45,7 @@ class NormBoundary:
         self._owed = build.group(boundary.owed) if boundary.owed else None
         self._source = boundary.collect.source
         self._stream = boundary.widen.target
+        self._attn_tp = build.groups.attn_tp
         self._target = boundary.spread.target
         self._collect = _mover(boundary.collect, build)
         self._cut_residual = _mover(Move(boundary.residual, boundary.collect.target), build)
@@ -66,7 +68,7 @@ class NormBoundary:
             if self._widen is None:
                 normal_TD = self._norm.add(x_TD, stream_TD)
             else:
-                stream_TD = self._widen(stream_TD.add_(x_TD), split)
+                stream_TD = out_of_slot(self._widen(stream_TD.add_(x_TD), split), self._attn_tp)
                 normal_TD = self._norm.forward(stream_TD)
         if self._spread is not None:
             normal_TD = self._spread(normal_TD, split)

@@ -8,6 +8,7 @@ them come back.
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -15,6 +16,7 @@ from parallel.collectives import all_gather_columns, all_reduce
 from parallel.dp_attention import answer_logit_rows, gather_logit_rows
 from parallel.groups import Group
 from parallel.plan import PlanError, Rows
+from parallel.symmetric import moved_to_slot, place_in_slot
 from workers.layers.build import Build, padded_share
 from workers.layers.fast import head_linear
 from workers.weights import Part, Source
@@ -60,7 +62,13 @@ class VocabParallelEmbedding:
             return functional.embedding(ids_T, vocab.weight_VD)
         local_T = ids_T - vocab.take.start
         foreign_T = (ids_T < vocab.take.start) | (ids_T >= vocab.take.stop)
-        rows_TD = functional.embedding(local_T.masked_fill_(foreign_T, 0), vocab.weight_VD)
+        local_T.masked_fill_(foreign_T, 0)
+        shape = (local_T.shape[0], vocab.weight_VD.shape[1])
+        place_TD = place_in_slot(vocab.group, shape, vocab.weight_VD, role="embedded")
+        if place_TD is None:
+            rows_TD = functional.embedding(local_T, vocab.weight_VD)
+        else:
+            rows_TD = torch.index_select(vocab.weight_VD, 0, local_T, out=place_TD)
         return all_reduce(rows_TD.masked_fill_(foreign_T.unsqueeze(1), 0.0), vocab.group)
 
 
@@ -79,7 +87,8 @@ class LMHead:
         """
         if not self._spans_replicas:
             local_RV = head_linear(hidden_RD, self._vocab.weight_VD)
-            logits_RV = all_gather_columns(local_RV, self._vocab.group)
+            local_RV = moved_to_slot(local_RV, self._vocab.group, role="logits")
+            logits_RV = all_gather_columns(local_RV, self._vocab.group, role="all_logits")
             return logits_RV[:, : self._vocab_size].float()
         if num_logit_rows is None:
             raise PlanError(

@@ -8,13 +8,20 @@ from torch import Tensor
 from torch.nn import functional
 
 
-def linear(x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
+def linear(
+    x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None, *, out: Tensor | None = None
+) -> Tensor:
+    """Written to `out` where the caller has a place for it."""
     if x_TK.is_cuda:
         from kernels.skinny_linear import fits, skinny_linear
 
         if fits(x_TK):
-            return skinny_linear(x_TK.contiguous(), weight_NK, bias_N)
-    return functional.linear(x_TK, weight_NK, bias_N)
+            return skinny_linear(x_TK.contiguous(), weight_NK, bias_N, out=out)
+    if out is None:
+        return functional.linear(x_TK, weight_NK, bias_N)
+    if bias_N is None:
+        return torch.mm(x_TK, weight_NK.t(), out=out)
+    return torch.addmm(bias_N, x_TK, weight_NK.t(), out=out)
 
 
 def gated_linear(x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:

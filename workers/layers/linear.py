@@ -11,6 +11,7 @@ from torch import Tensor
 from parallel.dp_attention import Activation
 from parallel.groups import Group
 from parallel.plan import Place
+from parallel.symmetric import place_in_slot
 from workers.layers.build import Build, even_share
 from workers.layers.fast import gated_linear, linear
 from workers.weights import Part, Source, everything
@@ -80,7 +81,8 @@ class RowParallelLinear:
     Nothing is summed here. What comes out says over which group it is yet to be summed, and the
     boundary behind the layer does that, together with whatever else the plan wants done to the
     rows. The group is the place's, so whether it is one attention replica's or that of all replicas
-    is the plan's to say, and no model's to forget.
+    is the plan's to say, and no model's to forget. The product is written to that group's symmetric
+    memory: within a replica always, over replicas if all have equally many rows.
     """
 
     def __init__(
@@ -110,7 +112,9 @@ class RowParallelLinear:
         return self.place.group == "attn_tp"
 
     def forward(self, x_TD: Tensor) -> Activation:
-        out_TN = linear(x_TD, self.weight_ND, self._added_N)
+        shape = (x_TD.shape[0], self.weight_ND.shape[0])
+        place_TN = place_in_slot(self.group, shape, x_TD)
+        out_TN = linear(x_TD, self.weight_ND, self._added_N, out=place_TN)
         return Activation(out_TN, self.place.rows, self._owed)
 
     def sources(self) -> list[Source]:

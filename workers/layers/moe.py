@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from parallel.dp_attention import Activation, RowSplit
 from parallel.plan import Place
+from parallel.symmetric import moved_to_slot
 from workers.layers.build import Build, even_share, padded_share
 from workers.layers.dispatch import AllToAll, Routing
 from workers.layers.fast import silu_and_multiply
@@ -244,7 +245,9 @@ class SparseMLP:
             places = x_TD.shape[0] if split is None else split.longest
             out_TD = self._all_to_all.forward(x_TD, routing, places, self.experts.apply)
         if self._shared is not None:
-            out_TD = out_TD + self._shared.forward(x, split).addend(self._rows, self._owed)
+            out_TD = self._shared.forward(x, split).addend(self._rows, self._owed).add_(out_TD)
+        elif self._owed is not None:
+            out_TD = moved_to_slot(out_TD, self._owed, role="reduced")
         return Activation(out_TD, self._rows, self._owed)
 
     def _route(self, x_TD: Tensor, split: RowSplit | None) -> Routing:

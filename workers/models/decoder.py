@@ -10,6 +10,7 @@ from torch import Tensor
 
 from parallel.dp_attention import Activation, RowCounts, RowSplit
 from parallel.plan import PlanError, Rows
+from parallel.symmetric import out_of_slot
 from workers.batch import Attention, ForwardBatch
 from workers.layers.attention import SelfAttention
 from workers.layers.build import Build
@@ -107,7 +108,7 @@ class Decoder:
         for layer in self._layers:
             x, residual = layer.forward(x, residual, rotation, batch.attention, split)
         x, _ = self._into_head.forward(x, residual, split)
-        return x.final(Rows.TP_ATTN_FULL)
+        return out_of_slot(x.final(Rows.TP_ATTN_FULL), self._groups.attn_tp)
 
     def logits(self, hidden_RD: Tensor, num_logit_rows: tuple[int, ...] | None = None) -> Tensor:
         """float32 (R, vocab_size); with a head that spans replicas, all of them say how many."""
@@ -126,6 +127,7 @@ class Decoder:
                 raise PlanError("a step over several replicas must say how many rows each has")
             rows = (batch.input_ids_T.shape[0],)
             counts = RowCounts(rows, rows, ())
+        groups.arena.rows_are_even = len(set(counts.padded)) == 1
         key = counts._replace(num_logit_rows=())
         if self._last_split is None or self._last_split[0] != key:
             split = RowSplit(

@@ -1,0 +1,60 @@
+"""The symmetric memory of an engine's ranks: what the configured model needs, opened at start.
+
+The sizes come from the configuration and the model's own, never from a step, so all ranks find the
+same slots. Nothing here is called without `enable_symm_mem`.
+"""
+
+import torch
+
+from parallel.arena import ArenaPlan, ModelSizes, lay_out, logit_needs, model_needs
+from parallel.groups import Groups
+from parallel.plan import Plan, Rows
+from workers.config import EngineConfig
+from workers.model_config import ModelConfig
+
+LEAST_LOGIT_ROWS = 256
+"""A prompt's log-probabilities are worked out for so many rows at once."""
+
+
+def arena_plan(
+    config: EngineConfig, model: ModelConfig, plan: Plan, dtype: torch.dtype
+) -> ArenaPlan:
+    """Slots for every collective of the plan; refused if they need more than they may take."""
+    num_logit_rows = max(config.max_num_seqs, LEAST_LOGIT_ROWS)
+    num_rows = config.max_num_batched_tokens
+    made = slots_of(model, plan, dtype, num_rows=num_rows, num_logit_rows=num_logit_rows)
+    made.check_cap(config.symm_mem_prealloc_gb)
+    return made
+
+
+def slots_of(
+    model: ModelConfig, plan: Plan, dtype: torch.dtype, *, num_rows: int, num_logit_rows: int
+) -> ArenaPlan:
+    sizes = ModelSizes(
+        model.hidden_size, model.vocab_size, dtype.itemsize, num_rows, num_logit_rows
+    )
+    stages = [stage for stage in plan.stages() if stage.where != "logits"]
+    collectives = dict.fromkeys(one for stage in stages for one in stage.collectives)
+    pairs = [(one.op, one.group) for one in collectives]
+    uneven = plan.is_scattered and plan.row_multiple < plan.layout.attn_tp_size
+    needs = model_needs(plan.layout, sizes, pairs, has_uneven_shares=uneven)
+    needs += logit_needs(plan.layout, sizes, spans_replicas=plan.head.rows is Rows.FULL)
+    return lay_out(needs, plan.layout)
+
+
+def open_arena(
+    config: EngineConfig,
+    model: ModelConfig,
+    plan: Plan,
+    groups: Groups,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
+    """Allocate and register; all ranks of the domain come here at the same point of their start."""
+    groups.arena.open(
+        arena_plan(config, model, plan, dtype),
+        groups.by_name(),
+        device,
+        is_strict=config.symm_mem_strict,
+        time_limit_s=config.start_timeout_s / 4,
+    )
