@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from workers.protocol import Body, Header
+from workers.protocol import Body, Header, Mask
 
 
 class Result(NamedTuple):
@@ -31,6 +31,9 @@ class InstantRunner:
 
     def launch(self, header: Header, body: Body, replica: int) -> Result:
         return Result(np.full(header.num_logit_rows[replica], 7, np.int32))
+
+    def mask(self, pending: Result, mask: Mask) -> None:
+        return None
 
     def is_done(self, pending: Result) -> bool:
         return True

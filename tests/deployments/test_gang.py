@@ -3,20 +3,24 @@
 import pytest
 
 from deployments.gang import Gang, GangFailed
+from deployments.grammar import State
 from deployments.requests import Request
 from workers.config import EngineConfig
 from workers.protocol import (
+    MASK,
     PROTOCOL_VERSION,
     STEP,
     Ack,
     Beat,
     Failed,
     Hello,
+    Mask,
     Ready,
     Serve,
     Start,
     Started,
     decode_header,
+    decode_mask,
     decode_to_worker,
     digest,
     pack,
@@ -179,3 +183,43 @@ def test_ranks_that_never_come_are_named():
     one.on_message(0, hello(0), 9.9)
     with pytest.raises(GangFailed, match=r"ranks \[1\] have not said Hello within 10 s"):
         one.check(10.1)
+
+
+class AnyText:
+    """A matcher that takes everything."""
+
+    def accept(self, token):
+        return State.OPEN
+
+
+def test_a_mask_goes_to_the_ranks_of_its_replica_once_its_tokens_are_known():
+    one, wire = bring_up()
+    request = Request(key=(b"a", 0), tokens=[5, 6], num_prompt=2, max_tokens=5, matcher=AnyText())
+    one.schedulers[1].add(request)
+    one.pump(2.0)
+    [due] = one.masks_due()
+    assert (due.epoch, due.step, due.plan.masked_rows) == (1, 0, [0])
+    assert one.masks_due() == []
+    before = {rank: len(wire.sent[rank]) for rank in range(4)}
+    one.send_mask(due, b"bits")
+    assert {rank: len(wire.sent[rank]) - before[rank] for rank in range(4)} == {
+        0: 0,
+        1: 0,
+        2: 1,
+        3: 1,
+    }
+    kind, data = wire.sent[3][-1]
+    assert kind == MASK
+    assert decode_mask(data) == Mask(1, 0, pack([0]), b"bits")
+    one.send_mask(due._replace(epoch=0), b"bits")
+    assert len(wire.sent[3]) == before[3] + 1
+
+
+def test_a_mask_that_never_comes_is_a_late_step():
+    one, _ = bring_up(now=1.0)
+    request = Request(key=(b"a", 0), tokens=[5, 6], num_prompt=2, max_tokens=5, matcher=AnyText())
+    one.schedulers[0].add(request)
+    one.pump(2.0)
+    beat_all(one, 7.1)
+    with pytest.raises(GangFailed, match=r"ranks \[0, 1\] have not finished step 0 within 5 s"):
+        one.check(7.1)
