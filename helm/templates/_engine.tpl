@@ -54,9 +54,9 @@ there are several, because the Serve service sends requests to every ready pod.
 {{- toJson $settings -}}
 {{- end }}
 
-{{/* Settings of the HTTP service; a batch has an engine only. */}}
+{{/* Settings that are passed to the service only: a batch speaks no HTTP. */}}
 {{- define "lockstep.serviceSettings" -}}
-served_model_name host port metrics_port num_ingress api_keys_file max_ongoing_requests resume_wait_s cluster_wait_s drain_s log_format
+host port metrics_port num_ingress api_keys_file max_ongoing_requests resume_wait_s drain_s
 {{- end }}
 
 {{- define "lockstep.serveConfig" -}}
@@ -93,6 +93,9 @@ applications:
 {{- end -}}
 {{- if .Values.batch.url -}}
 {{- $words = concat $words (list "--url" .Values.batch.url) -}}
+{{- if .Values.batch.apiKeySecret -}}
+{{- $words = concat $words (list "--api-key-file" "/etc/lockstep-batch/api-key") -}}
+{{- end -}}
 {{- else -}}
 {{- $settings := include "lockstep.settings" . | fromJson -}}
 {{- range splitList " " (include "lockstep.serviceSettings" .) -}}

@@ -106,8 +106,11 @@ readinessProbe:
   subPath: {{ .root.Values.model.pvc.subPath | quote }}
   {{- end }}
 {{- end }}
-{{- if .root.Values.auth.enabled }}
+{{- if and (eq .prefix "") .root.Values.auth.enabled }}
 - {name: api-keys, mountPath: /etc/lockstep, readOnly: true}
+{{- end }}
+{{- if and (eq .prefix "batch-") .root.Values.batch.apiKeySecret }}
+- {name: batch-key, mountPath: /etc/lockstep-batch, readOnly: true}
 {{- end }}
 {{- with .root.Values.extraVolumeMounts }}
 {{ toYaml . }}
@@ -134,7 +137,14 @@ readinessProbe:
   emptyDir: {sizeLimit: {{ $values.model.initContainer.sizeLimit | quote }}}
 {{- end }}
 {{- end }}
-{{- if $values.auth.enabled }}
+{{- if and (eq .prefix "batch-") $values.batch.apiKeySecret }}
+- name: batch-key
+  secret:
+    secretName: {{ $values.batch.apiKeySecret | quote }}
+    items:
+      - {key: {{ $values.batch.apiKeySecretKey | quote }}, path: api-key}
+{{- end }}
+{{- if and (eq .prefix "") $values.auth.enabled }}
 - name: api-keys
   secret:
     secretName: {{ $values.auth.existingSecret | quote }}

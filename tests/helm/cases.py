@@ -191,6 +191,8 @@ VALID: dict[str, Values] = {
             "input": "/data/in.jsonl",
             "output": "/data/out.jsonl",
             "url": "http://rel-lockstep-serve-svc:8000",
+            "apiKeySecret": "nightly",
+            "apiKeySecretKey": "key",
         },
     },
     "model of a host": {"model": {"source": "hostPath", "hostPath": {"path": "/mnt/models"}}},
@@ -248,6 +250,10 @@ REFUSED: dict[str, tuple[Values, str]] = {
     "batch without files": (
         {"batch": {"enabled": True, "input": "/in.jsonl"}},
         "name the files in batch.input and batch.output",
+    ),
+    "a key for nobody": (
+        {"batch": {**BATCH["batch"], "apiKeySecret": "nightly"}},
+        "batch.apiKeySecret=nightly, but batch.url is empty",
     ),
     "shell in a batch": (
         {"batch": {**BATCH["batch"], "output": "/out.jsonl;reboot"}},

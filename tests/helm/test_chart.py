@@ -20,6 +20,7 @@ import pytest
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
+from deployments import cli
 from deployments.config import ServiceConfig, ServiceSettings, fields
 from deployments.driver import Driver
 from deployments.ingress import Ingress
@@ -245,14 +246,6 @@ def test_generated_files_are_up_to_date(monkeypatch):
     assert stale == [], "run `python helm/readme.py`"
 
 
-def test_the_chart_knows_which_settings_a_batch_has_not():
-    text = (CHART / "templates" / "_engine.tpl").read_text()
-    line = text.split('define "lockstep.serviceSettings" -}}\n')[1].splitlines()[0]
-    assert set(line.split()) | {"api_keys"} == {*fields(ServiceSettings), "api_keys_file"} | {
-        "api_keys"
-    }
-
-
 # -- the engine ------------------------------------------------------------------------------------
 
 
@@ -352,25 +345,36 @@ def test_every_ray_container_has_rays_settings(rendered, name):
         assert env.items() >= {**RAY_SETTINGS, "RAY_AUTH_MODE": mode, "PYTHONPATH": "/app"}.items()
 
 
+def batch_arguments(entrypoint: str) -> Json:
+    """What the command line makes of a batch's entry point."""
+    words = entrypoint.split()
+    assert words[:3] == ["python", "-m", "deployments.batch"]
+    known, unknown = cli._parser().parse_known_args(["batch", *words[3:]])
+    assert unknown == []
+    return vars(known)
+
+
 def test_a_batch_runs_where_the_gpus_are_or_asks_a_service(rendered):
     own = of_kind(rendered["everything"], "RayJob")["spec"]
-    words = own["entrypoint"].split()
-    assert words[:3] == ["python", "-m", "deployments.batch"]
-    flags = dict(zip(words[3::2], words[4::2], strict=True))
-    assert flags.pop("-i") == "/data/in.jsonl"
-    assert flags.pop("-o") == "/data/out.jsonl"
-    assert flags.pop("--errors") == "/data/errors.jsonl"
-    assert flags.pop("--concurrency") == "64"
-    args = {name.removeprefix("--").replace("-", "_"): value for name, value in flags.items()}
-    assert (
-        ServiceConfig.from_args(args).engine
-        == ServiceConfig.from_args(
-            {name: EVERYTHING["engine"][name] for name in fields(EngineConfig)}
-        ).engine
-    )
+    args = batch_arguments(own["entrypoint"])
+    files = args["input"], args["output"], args["errors"]
+    assert files == ("/data/in.jsonl", "/data/out.jsonl", "/data/errors.jsonl")
+    assert args["concurrency"] == 64
+    given = {name: args[name] for name in (*fields(EngineConfig), "cluster_wait_s")}
+    wanted = {name: EVERYTHING["engine"][name] for name in given}
+    assert ServiceConfig.from_args(given) == ServiceConfig.from_args(wanted)
     assert own["entrypointNumCpus"] == 1
     asks = of_kind(rendered["batch of a service"], "RayJob")["spec"]
-    assert asks["entrypoint"].endswith("--url http://rel-lockstep-serve-svc:8000")
+    assert batch_arguments(asks["entrypoint"]) == {
+        "command": "batch",
+        "input": "/data/in.jsonl",
+        "output": "/data/out.jsonl",
+        "url": "http://rel-lockstep-serve-svc:8000",
+        "api_key_file": "/etc/lockstep-batch/api-key",
+    }
+    head = ray_pods(asks["rayClusterSpec"])[0]["spec"]
+    key = next(each for each in head["volumes"] if each["name"] == "batch-key")
+    assert key["secret"]["items"] == [{"key": "key", "path": "api-key"}]
     assert "workerGroupSpecs" not in asks["rayClusterSpec"]
     assert "entrypointNumCpus" not in asks
 
