@@ -87,7 +87,7 @@ class Message(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """A struct on the wire: an array of its fields, in order."""
 
 
-class Sampling(Message):
+class Sampling(Message, frozen=True):
     """How to choose a request's tokens. `seed` and `nonce` with a token's position key its draw."""
 
     temperature: Annotated[float, Meta(ge=0.0, le=100.0)] = 1.0
@@ -109,7 +109,7 @@ class Sampling(Message):
     nonce: Unsigned64 = 0
 
 
-class Admit(Message):
+class Admit(Message, frozen=True):
     """A request enters a slot. Sent once; also after a preemption or a restart, with all tokens."""
 
     slot: Natural
@@ -123,7 +123,7 @@ class Admit(Message):
     sampling: Sampling
 
 
-class Body(Message):
+class Body(Message, frozen=True):
     """One replica's changes in a step."""
 
     leaves: bytes = b""
@@ -139,7 +139,7 @@ class Body(Message):
     """Logit rows whose ids a `Mask` will limit; if there are any, sampling waits for it."""
 
 
-class Mask(Message):
+class Mask(Message, frozen=True):
     """Which ids some logit rows of a step may sample; sent to all ranks of one replica."""
 
     epoch: Natural
@@ -162,7 +162,7 @@ class Padding:
     NONE, MAX_LEN, SUM_LEN = range(3)
 
 
-class Header(Message):
+class Header(Message, frozen=True):
     """What every rank of a lockstep domain must know of a step, the same bytes for all."""
 
     epoch: Natural
@@ -182,7 +182,7 @@ class Header(Message):
     """`digest` of the header before; empty at an epoch's first step."""
 
 
-class Start(Message, tag="start"):
+class Start(Message, frozen=True, tag="start"):
     """Rendezvous: where the domain's TCPStore listens. Everyone has said `Hello`."""
 
     epoch: Natural
@@ -190,20 +190,20 @@ class Start(Message, tag="start"):
     store_port: Natural
 
 
-class Serve(Message, tag="serve"):
+class Serve(Message, frozen=True, tag="serve"):
     """The number of pages that all ranks of the engine can hold: allocate them and go."""
 
     epoch: Natural
     num_pages: Natural
 
 
-class Stop(Message, tag="stop"):
+class Stop(Message, frozen=True, tag="stop"):
     """Leave in good order."""
 
     epoch: Natural
 
 
-class Hello(Message, tag="hello"):
+class Hello(Message, frozen=True, tag="hello"):
     version: Natural
     epoch: Natural
     rank: Natural
@@ -215,7 +215,7 @@ class Hello(Message, tag="hello"):
     """Set by the first rank of each domain, which holds the listening socket."""
 
 
-class Progress(Message, tag="progress"):
+class Progress(Message, frozen=True, tag="progress"):
     epoch: Natural
     rank: Natural
     stage: str
@@ -223,7 +223,7 @@ class Progress(Message, tag="progress"):
     total: Natural
 
 
-class Ready(Message, tag="ready"):
+class Ready(Message, frozen=True, tag="ready"):
     """Groups are joined and weights are loaded."""
 
     epoch: Natural
@@ -235,14 +235,14 @@ class Ready(Message, tag="ready"):
     stop_token_ids: tuple[int, ...]
 
 
-class Started(Message, tag="started"):
+class Started(Message, frozen=True, tag="started"):
     """The cache is allocated and everything is warm: the next message is a step."""
 
     epoch: Natural
     rank: Natural
 
 
-class TokenLogprobs(Message):
+class TokenLogprobs(Message, frozen=True):
     """Log-probabilities of one row: the token's own, then the likeliest, best first."""
 
     token: int
@@ -253,7 +253,7 @@ class TokenLogprobs(Message):
     top_logprobs: tuple[float, ...]
 
 
-class Ack(Message, tag="ack"):
+class Ack(Message, frozen=True, tag="ack"):
     """A rank has done a step. Tokens are released only when all ranks' acks agree."""
 
     epoch: Natural
@@ -282,7 +282,7 @@ class Ack(Message, tag="ack"):
     """Now and then, with symmetric memory: (group, op, path, reason, how many since the start)."""
 
 
-class Beat(Message, tag="beat"):
+class Beat(Message, frozen=True, tag="beat"):
     """The process lives, whatever its main thread is doing."""
 
     epoch: Natural
@@ -292,7 +292,7 @@ class Beat(Message, tag="beat"):
     """The main thread waits for its peers in a collective."""
 
 
-class Failed(Message, tag="failed"):
+class Failed(Message, frozen=True, tag="failed"):
     """The rank cannot go on; `reason` is a sentence for the operator."""
 
     epoch: Natural
