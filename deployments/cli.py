@@ -1,4 +1,4 @@
-"""The command line: `lockstep serve`, `chat`, `generate`, `batch`, `check`.
+"""The command line: `lockstep serve`, `chat`, `generate`, `batch`, `plan`, `check`.
 
 Flags are the settings of `deployments.config`, spelt with dashes (`tp_size` is `--tp-size`).
 Exit codes: 0 done, 1 the service could not start or failed, 2 the command is wrong.
@@ -41,6 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             options = {name: args.pop(name) for name in BatchOptions.__slots__ if name in args}
             return run_batch(BatchOptions(**options), args)
+        if command == "plan":
+            from deployments.plan_table import print_plan
+
+            return print_plan(args)
         if command == "bench":
             from deployments.bench import offline
 
@@ -80,6 +84,10 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--model", default="", help="model to ask for; empty takes the first")
     commands.add_parser("check", help="try every collective of a layout (see check --help)")
     _add_batch(commands)
+    plan = commands.add_parser(
+        "plan", allow_abbrev=False, help="print a model's collectives under given settings"
+    )
+    _add_settings(plan, EngineConfig)
     generate = commands.add_parser(
         "generate", allow_abbrev=False, help="answer chat prompts here, without a service"
     )

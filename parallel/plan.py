@@ -88,7 +88,6 @@ class Boundary:
     want it whole. The norm is computed on `widen.target`, and `spread` brings its rows on.
     """
 
-    where: str
     owed: GroupName | None
     """The group over which what comes in is yet to be summed."""
     residual: Rows
@@ -121,10 +120,14 @@ class ModelLayers(NamedTuple):
 
 
 class Stage(NamedTuple):
-    """Collectives of one place in the model, for a reader."""
+    """One place in the model and its collectives, for a reader."""
 
+    layer: int | None
     where: str
-    rows: str
+    path: tuple[Rows, ...]
+    """The layouts that rows go through here."""
+    owed: GroupName | None
+    """Who owes a sum when rows come here."""
     collectives: tuple[Collective, ...]
 
 
@@ -157,24 +160,26 @@ class Plan:
         return self.boundaries[-1]
 
     def stages(self) -> Iterator[Stage]:
-        """All collectives of a forward pass, in order."""
-        attn_tp = self.layout.attn_tp_size > 1
+        """All of a forward pass, in order."""
+        full, attn_tp = Rows.TP_ATTN_FULL, self.layout.attn_tp_size > 1
         embedding = (Collective("all_reduce", "attn_tp"),) if attn_tp else ()
-        yield Stage("embedding", Rows.TP_ATTN_FULL.value, embedding)
-        for layer in range(len(self.mlps)):
-            yield _stage(self.into_attention(layer))
+        yield Stage(None, "embedding", (full,), None, embedding)
+        for layer, mlp in enumerate(self.mlps):
+            yield _stage(layer, "into attention", self.into_attention(layer))
             if self.attention.rows is Rows.SCATTERED:
+                path, owed = (Rows.SCATTERED, full, Rows.SCATTERED), None
                 inside = (
                     Collective("all_gather", "attn_tp"),
                     Collective("reduce_scatter", "attn_tp"),
                 )
-                yield Stage(f"layer {layer}, inside attention", Rows.TP_ATTN_FULL.value, inside)
-            yield _stage(self.into_mlp(layer))
-            inside = self._inside_mlp(layer)
-            if inside:
-                yield Stage(f"layer {layer}, inside MLP", self.mlps[layer].rows.value, inside)
-        yield _stage(self.into_head)
-        yield Stage("logits", self.head.rows.value, self._logits())
+            else:
+                path, owed, inside = (full,), None, ()
+            yield Stage(layer, "attention", path, owed, inside)
+            kind = "experts" if self.model.sparse[layer] else "dense MLP"
+            yield _stage(layer, f"into {kind}", self.into_mlp(layer))
+            yield Stage(layer, kind, (mlp.rows,), None, self._inside_mlp(layer))
+        yield _stage(None, "into head", self.into_head)
+        yield Stage(None, "logits", (self.head.rows,), None, self._logits())
 
     @property
     def collectives(self) -> tuple[Collective, ...]:
@@ -256,18 +261,14 @@ def compile_plan(layout: Layout, settings: PlanSettings, model: ModelLayers) -> 
     boundaries: list[Boundary] = []
     came, owed, residual = Rows.TP_ATTN_FULL, None, Rows.TP_ATTN_FULL
     for layer, (mlp, stream) in enumerate(zip(mlps, streams, strict=True)):
-        first = _into_attention(
-            shape, f"layer {layer}, into attention", came, owed, residual, attention.rows, stream
-        )
+        first = _into_attention(shape, came, owed, residual, attention.rows, stream)
         residual = first.widen.target
         owed = None if attention.rows is Rows.SCATTERED else attention.group
-        second = _into_mlp(
-            shape, f"layer {layer}, into MLP", attention.rows, owed, residual, mlp.rows, stream
-        )
+        second = _into_mlp(shape, attention.rows, owed, residual, mlp.rows, stream)
         boundaries += [first, second]
         residual = second.widen.target
         came, owed = mlp.rows, _owed_by_mlp(shape, settings, mlp, model.sparse[layer])
-    last = _into_attention(shape, "into head", came, owed, residual, Rows.TP_ATTN_FULL, None)
+    last = _into_attention(shape, came, owed, residual, Rows.TP_ATTN_FULL, None)
     spans = layout.attn_dp_size > 1 and not settings.enable_dp_lm_head
     return Plan(
         layout=layout,
@@ -345,7 +346,6 @@ def _stream(shape: _Shape, attention: Place, mlp: Place) -> Rows:
 
 def _into_attention(
     shape: _Shape,
-    where: str,
     came: Rows,
     owed: GroupName | None,
     residual: Rows,
@@ -363,7 +363,6 @@ def _into_attention(
     whole = at is Rows.SCATTERED and target is stream is Rows.TP_ATTN_FULL
     norm = target if whole else at
     return Boundary(
-        where=where,
         owed=owed,
         residual=residual,
         collect=shape.move(came, at, owed),
@@ -374,7 +373,6 @@ def _into_attention(
 
 def _into_mlp(
     shape: _Shape,
-    where: str,
     came: Rows,
     owed: GroupName | None,
     residual: Rows,
@@ -382,7 +380,6 @@ def _into_mlp(
     stream: Rows,
 ) -> Boundary:
     return Boundary(
-        where=where,
         owed=owed,
         residual=residual,
         collect=shape.move(came, stream, owed),
@@ -391,10 +388,11 @@ def _into_mlp(
     )
 
 
-def _stage(boundary: Boundary) -> Stage:
-    path = (boundary.collect.source, boundary.collect.target, boundary.spread.target)
-    names = [rows.value for i, rows in enumerate(path) if i == 0 or rows is not path[i - 1]]
-    return Stage(boundary.where, " > ".join(names), boundary.collectives)
+def _stage(layer: int | None, where: str, boundary: Boundary) -> Stage:
+    moves = (boundary.collect, boundary.widen, boundary.spread)
+    path = [boundary.collect.source]
+    path += [move.target for move in moves if move.target is not move.source]
+    return Stage(layer, where, tuple(path), boundary.owed, boundary.collectives)
 
 
 def _refuse(layout: Layout, settings: PlanSettings, model: ModelLayers) -> None:

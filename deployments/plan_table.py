@@ -1,0 +1,131 @@
+"""`lockstep plan`: the collectives of a model under given settings, as a table; starts nothing.
+
+    lockstep plan --model DIR --tp-size 8 --dp-size 2 --enable-dp-attention
+
+reads config.json alone. What cannot be is refused with the sentence that the engine would give.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from deployments.config import ServiceConfig
+from parallel.layout import Layout
+from parallel.plan import Collective, Plan, Stage
+from workers import bundled
+from workers.architectures import plan_of, read_model_config
+from workers.config import EngineConfig
+from workers.model_config import check_split
+
+COLUMNS = ("layers", "where", "rows", "owed over", "collectives (ranks of each group)")
+
+
+class _Line(NamedTuple):
+    """A stage, for all the neighbouring layers that have it alike."""
+
+    layers: range | None
+    stage: Stage
+
+
+def print_plan(args: Mapping[str, Any]) -> int:
+    """Prints the table; a ValueError says why there is none."""
+    config = ServiceConfig.from_args(args).engine
+    print("\n".join(plan_text(config)))
+    return 0
+
+
+def plan_text(config: EngineConfig) -> list[str]:
+    """The lines of the table."""
+    plan = plan_of(config)
+    folder = Path(config.model) if config.model else bundled.path()
+    layout = plan.layout
+    check_split(
+        read_model_config(folder),
+        attn_tp=layout.attn_tp_size,
+        dense_tp=layout.dense_tp_size,
+        moe_tp=layout.moe_tp_size,
+    )
+    cells = [COLUMNS, *(_cells(line, layout) for line in _lines(plan))]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(COLUMNS))]
+    table = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in cells
+    ]
+    rule = "  ".join("-" * width for width in widths)
+    return [_title(plan), "", table[0], rule, *table[1:], "", *_consequences(plan)]
+
+
+def _title(plan: Plan) -> str:
+    layout = plan.layout
+    sparse = sum(plan.model.sparse)
+    layers = f"{len(plan.mlps) - sparse} dense and {sparse} sparse layers"
+    ranks = f"{layout.tp_size} ranks"
+    if layout.num_domains > 1:
+        ranks = f"each of {layout.num_domains} separate replicas of {ranks}"
+    attention = f"attention {layout.attn_dp_size} x {layout.attn_tp_size}"
+    experts = f"experts {layout.moe_dp_size} x {layout.ep_size} x {layout.moe_tp_size}"
+    parts = [attention, experts] if sparse else [attention]
+    return f"{plan.model.architecture}, {layers}, on {ranks}: {', '.join(parts)}"
+
+
+def _lines(plan: Plan) -> Iterator[_Line]:
+    """Layers that are alike are one block of lines."""
+    stages = list(plan.stages())
+    by_layer: dict[int, list[Stage]] = {}
+    for stage in stages:
+        if stage.layer is not None:
+            by_layer.setdefault(stage.layer, []).append(stage)
+    yield from (_Line(None, stage) for stage in stages[:1])
+    first = 0
+    while first < len(by_layer):
+        alike = first
+        while alike + 1 < len(by_layer) and _same(by_layer[first], by_layer[alike + 1]):
+            alike += 1
+        yield from (_Line(range(first, alike + 1), stage) for stage in by_layer[first])
+        first = alike + 1
+    yield from (
+        _Line(None, stage) for stage in stages if stage.layer is None and stage is not stages[0]
+    )
+
+
+def _same(one: list[Stage], other: list[Stage]) -> bool:
+    return [stage._replace(layer=None) for stage in one] == [
+        stage._replace(layer=None) for stage in other
+    ]
+
+
+def _cells(line: _Line, layout: Layout) -> tuple[str, ...]:
+    layers, stage = line
+    numbers = ""
+    if layers is not None:
+        numbers = str(layers[0]) if len(layers) == 1 else f"{layers[0]}-{layers[-1]}"
+    rows = " > ".join(each.value for each in stage.path)
+    collectives = ", ".join(_collective(one, layout) for one in stage.collectives)
+    return numbers, stage.where, rows, stage.owed or "", collectives or "-"
+
+
+def _collective(one: Collective, layout: Layout) -> str:
+    members = layout.members(one.group, 0)
+    across = ", across NVLink domains" if layout.spans_nodes(members) else ""
+    return f"{one.op} {one.group} ({len(members)}{across})"
+
+
+def _consequences(plan: Plan) -> Iterator[str]:
+    """What the driver and the arena make of it."""
+    multiple = plan.row_multiple
+    if multiple == 1:
+        yield "rows       of a replica are never rounded up"
+    else:
+        yield f"rows       of a replica are padded to a multiple of {multiple}, its ranks"
+    if plan.crosses_replicas:
+        yield "padding    MAX_LEN or SUM_LEN, in the step's header: no collective agrees on it"
+    if plan.collectives:
+        yield "symmetric  both sides of every collective but all_to_all, on its own group"
+    yield f"require_mlp_tp_gather   {_yes(plan.require_mlp_tp_gather)}"
+    yield f"require_attn_tp_gather  {_yes(plan.require_attn_tp_gather)}"
+    yield f"require_gathered_buffer {_yes(plan.require_gathered_buffer)}"
+    yield f"require_mlp_sync        {_yes(plan.require_mlp_sync)}"
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
