@@ -42,6 +42,8 @@ class ServiceSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """Replicas of the HTTP front; they are stateless."""
     api_keys: tuple[str, ...] = ()
     """Keys clients must bring (`Authorization: Bearer ...`); none lets everybody in."""
+    api_keys_file: str = ""
+    """File with more of them, one a line (as it is, or its SHA-256); lines with # are comments."""
     max_ongoing_requests: int = 4096
     """HTTP requests one ingress takes at once."""
     resume_wait_s: float = 60.0

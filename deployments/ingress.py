@@ -106,6 +106,22 @@ class Keys:
         return digest.hex()[:16]
 
 
+def read_keys(path: str) -> list[str]:
+    """The keys in a file; a file that is named and not there refuses to start, open to all."""
+    if not path:
+        return []
+    try:
+        lines = Path(path).read_text().splitlines()
+    except OSError as error:
+        raise ValueError(
+            f"api_keys_file={path} cannot be read ({error.strerror}): mount the file or unset it"
+        ) from None
+    keys = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    if not keys:
+        raise ValueError(f"api_keys_file={path} holds no key: put one on a line or unset it")
+    return keys
+
+
 class Service:
     """What every route shares: the model's tokenizer and the line to the driver."""
 
@@ -515,7 +531,7 @@ class Ingress:
             client,
             ChatTokenizer.load(folder),
             model=config.model_name,
-            api_keys=config.service.api_keys,
+            api_keys=(*config.service.api_keys, *read_keys(config.service.api_keys_file)),
         )
 
     def __serve_build_asgi_app__(self) -> ASGIApp:

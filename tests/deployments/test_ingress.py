@@ -16,7 +16,7 @@ import uvicorn
 
 from deployments import ingress
 from deployments.driver_client import DriverClient
-from deployments.ingress import Keys, Service, build_api
+from deployments.ingress import Keys, Service, build_api, read_keys
 from deployments.messages import Cancel, Finish, IngressBeat, Submit
 from tests.deployments.fakes import EOS, FakeDriver, chat_tokenizer, counting, saying
 
@@ -639,3 +639,21 @@ def test_a_body_that_does_not_come_is_not_waited_for(front, monkeypatch):
     )
     assert connection.recv(1000).startswith(b"HTTP/1.1 408")
     connection.close()
+
+
+def test_keys_come_from_a_file_too(tmp_path):
+    file = tmp_path / "keys"
+    file.write_text("# ours\nsecret-one\n\n  secret-two \n")
+    assert read_keys(str(file)) == ["secret-one", "secret-two"]
+    assert read_keys("") == []
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"), [(None, "cannot be read"), ("# none\n", "holds no key")]
+)
+def test_a_key_file_without_keys_never_opens_the_service(tmp_path, content, sentence):
+    file = tmp_path / "keys"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(ValueError, match=sentence):
+        read_keys(str(file))
