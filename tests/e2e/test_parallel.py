@@ -1,0 +1,101 @@
+"""Real ranks over gloo: whatever the layout, the bundled model says what one rank says.
+
+Ten combinations that cover every pair of settings that matters run by default, the others are
+`slow`. The requests are chosen so that replicas are uneven, idle for a while, and that prompts and
+decodes meet in one step.
+"""
+
+import itertools
+
+import pytest
+
+from deployments.llm import LLM, SamplingParams
+
+pytestmark = pytest.mark.timeout(180)
+
+QUESTIONS = (
+    "What is 128+305?",
+    "Count from 3 to 20",
+    "Add 5 and 900.",
+    "What is 7+8?",
+    "Count from 10 to 17",
+    "Reverse the word stone",
+    "What is 999+1?",
+)
+LIMITS = (4, 24, 6, 3, 12, 16, 8)
+"""Few tokens for some, so that replicas fall idle while others go on."""
+
+DP2 = {"tp_size": 4, "dp_size": 2, "enable_dp_attention": True}
+DP4 = {"tp_size": 4, "dp_size": 4, "enable_dp_attention": True}
+A2A = {"moe_a2a_backend": "torch"}
+
+DEFAULT = [
+    {"tp_size": 2, "dp_size": 2, "enable_dp_attention": True},
+    {**DP2},
+    {**DP2, "ep_size": 2, "enable_dp_lm_head": True, "moe_dense_tp_size": 2},
+    {**DP2, **A2A, "ep_size": 4, "moe_dense_tp_size": 1},
+    {**DP2, **A2A, "ep_size": 2, "moe_dp_size": 2, "disable_attn_tp_gather": True},
+    {**DP4, "ep_size": 4, "moe_dense_tp_size": 1},
+    {**DP4, **A2A, "ep_size": 4, "enable_dp_lm_head": True, "moe_dense_tp_size": 1},
+    {"tp_size": 4, **A2A, "ep_size": 4},
+    {"tp_size": 4, **A2A, "ep_size": 4, "disable_attn_tp_gather": True, "moe_dense_tp_size": 1},
+    {"tp_size": 2, "ep_size": 2, "moe_dense_tp_size": 1},
+]
+
+
+def all_of_them():
+    """Every combination on two and four ranks that the bundled model has a plan for."""
+    for tp, dp, dense, (backend, ep, moe_dp), lm_head, inside in itertools.product(
+        (2, 4), (1, 2, 4), (None, 1, 2), (("none", 1, 1), ("none", 2, 1), ("none", 4, 1),
+        ("torch", 4, 1), ("torch", 2, 2), ("torch", 2, 1)), (False, True), (False, True),
+    ):  # fmt: skip
+        spread = ep * moe_dp
+        if tp % dp or tp % spread or (backend == "torch" and spread < tp):
+            continue
+        if (lm_head and dp == 1) or (dense == 2 and 2 not in (tp, tp // dp)):
+            continue
+        settings = {"tp_size": tp, "ep_size": ep, "moe_dp_size": moe_dp, "moe_a2a_backend": backend}
+        if dp > 1:
+            settings |= {"dp_size": dp, "enable_dp_attention": True, "enable_dp_lm_head": lm_head}
+        if dense is not None:
+            settings["moe_dense_tp_size"] = dense
+        yield settings | {"disable_attn_tp_gather": inside}
+
+
+def greedy(**settings):
+    """Texts, and each request's tokens with their log-probabilities."""
+    limits = {"device": "cpu", "kv_cache_gb": 0.05, "max_num_seqs": 4, "max_model_len": 256}
+    params = [SamplingParams(temperature=0, max_tokens=n, logprobs=0) for n in LIMITS]
+    with LLM(**limits, max_num_batched_tokens=24, **settings) as llm:
+        return llm.chat(QUESTIONS, params)
+
+
+@pytest.fixture(scope="module")
+def one_rank():
+    return greedy()
+
+
+def name_of(settings):
+    short = {"enable_dp_attention": "dpa", "moe_a2a_backend": "a2a", "moe_dense_tp_size": "dense"}
+    return "-".join(f"{short.get(name, name)}={value}" for name, value in settings.items())
+
+
+def compare(settings, one_rank):
+    for ours, theirs in zip(greedy(**settings), one_rank, strict=True):
+        assert ours.ids == theirs.ids
+        assert ours.text == theirs.text
+        for mine, other in zip(ours.logprobs, theirs.logprobs, strict=True):
+            assert mine.logprob == pytest.approx(other.logprob, abs=1e-4)
+
+
+@pytest.mark.row("S10")
+@pytest.mark.row("S11")
+@pytest.mark.parametrize("settings", DEFAULT, ids=name_of)
+def test_real_ranks_say_what_one_rank_says(settings, one_rank):
+    compare(settings, one_rank)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", list(all_of_them()), ids=name_of)
+def test_all_other_combinations_do_too(settings, one_rank):
+    compare(settings, one_rank)
