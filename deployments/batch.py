@@ -103,7 +103,9 @@ def run_batch(options: BatchOptions, settings: dict[str, Any]) -> int:
         if options.errors:
             errors = open_output(options.errors, done)
             stack.callback(errors.close)
-        progress = Progress(total=count_lines(options.input), num_before=len(done))
+        is_json = settings.get("log_format") == "json"  # a bar would run into its lines
+        total = count_lines(options.input)
+        progress = Progress(total=total, num_before=len(done), draws=not is_json)
         todo = questions(source, done)
         batch = Batch(backend, output, errors, progress, concurrency, options.give_up_s)
         try:
@@ -286,6 +288,7 @@ class Progress:
 
     total: int | None
     num_before: int
+    draws: bool = True
     num_answered: int = 0
     num_errors: int = 0
     num_prompt_tokens: int = 0
@@ -301,6 +304,7 @@ class Progress:
             total=self.total,
             initial=self.num_before,
             unit="line",
+            disable=not self.draws,
             mininterval=0.2 if is_terminal else 10.0,
             dynamic_ncols=is_terminal,
         )
