@@ -41,4 +41,4 @@ bench: setup
 	$(BIN)/python -m tests.bench.bench_engine
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf .venv .helm-venv .pytest_cache .ruff_cache .hypothesis build *.egg-info

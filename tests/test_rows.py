@@ -9,7 +9,8 @@ from tests.rows import MUTATIONS, ROOT, files_of, rows_in
 def test_what_a_mutation_changes_is_there_once(mutation):
     text = (ROOT / mutation.path).read_text()
     assert text.count(mutation.old) == 1
-    compile(text.replace(mutation.old, mutation.new), mutation.path, "exec")
+    if mutation.path.endswith(".py"):
+        compile(text.replace(mutation.old, mutation.new), mutation.path, "exec")
     assert mutation.new != mutation.old
 
 

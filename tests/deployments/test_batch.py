@@ -258,6 +258,7 @@ def test_an_engine_without_hope_ends_the_batch_and_keeps_what_was_answered(tmp_p
 # Going on.
 
 
+@pytest.mark.row("C3")
 def test_a_torn_last_line_is_cut_off_at_whatever_byte(tmp_path):
     data = b"\n".join([line("a"), line("b"), b"{bad", line("cé")])
     go(tmp_path, data, concurrency=1)

@@ -237,6 +237,7 @@ def check(seen):
         assert all(before[name] <= after[name] for name in NEVER_FALL)
 
 
+@pytest.mark.row("C6")
 def test_in_every_scrape_the_requests_add_up(rig):
     before = settled(rig.url)
     with scraping(rig.url) as scraper:
@@ -277,6 +278,7 @@ def test_when_a_rank_dies_requests_fail_or_resume_and_still_add_up(rig):
     assert value(samples, "recovery_seconds_sum", cause=causes[0]) < 30
 
 
+@pytest.mark.row("C6")
 def test_the_figures_of_the_work_done(rig):
     with httpx.Client(base_url=rig.fronts[0].url, timeout=20) as http:
         for _ in range(2):

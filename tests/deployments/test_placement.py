@@ -68,6 +68,7 @@ def test_auto_takes_gpus_where_there_are_enough(device, num_gpus, chosen):
     assert choose_device(EngineConfig(tp_size=4, device=device), num_gpus) == chosen
 
 
+@pytest.mark.row("C4")
 def test_neighbours_share_a_node_and_the_drivers_node_is_first():
     assert seating(["n2", "n0", "n1"], driver_node="n1", ranks_per_node=2) == [2, 2, 1, 1, 0, 0]
 

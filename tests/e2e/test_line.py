@@ -82,6 +82,7 @@ def test_four_ranks_serve(url):
     assert len({hello.pid for hello in ranks}) == 4
 
 
+@pytest.mark.row("C1")
 def test_two_hundred_mixed_requests_are_all_right(url):
     asked = questions(200)
     answers = asyncio.run(ask_all(url, asked))
@@ -143,6 +144,7 @@ def test_a_client_that_leaves_frees_its_pages(url):
     assert metric(handle, "lockstep_pages_free") == metric(handle, "lockstep_pages")
 
 
+@pytest.mark.row("C5")
 def test_no_ray_call_is_made_for_a_token(url):
     """Serve's own periodic calls go on; tokens must not add any."""
 
