@@ -3,8 +3,10 @@
 import pytest
 import torch
 from torch.nn import functional
+from transformers import DeepseekV3Config
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
-from workers.layers.moe import Experts, Routing, route
+from workers.layers.moe import Experts, Routing, route, route_in_groups
 
 HIDDEN, WIDTH, NUM_EXPERTS = 12, 6, 5
 
@@ -78,3 +80,38 @@ def test_bfloat16_is_routed_in_float32_and_weighted_in_bfloat16():
     routing = route(logits, 1, normalise=False)
     assert routing.weight_TK.dtype == torch.bfloat16
     assert routing.weight_TK.item() == logits.float().softmax(-1)[0, 0].bfloat16().item()
+
+
+@pytest.mark.row("S11")
+@pytest.mark.parametrize("normalise", [False, True])
+def test_a_choice_in_groups_is_deepseek_v3s(normalise):
+    """Against transformers' router, whose weight is the identity, so that rows are scores."""
+    torch.manual_seed(0)
+    num_experts = 16
+    config = DeepseekV3Config(
+        hidden_size=num_experts, n_routed_experts=num_experts, num_experts_per_tok=4, n_group=4,
+        topk_group=2, norm_topk_prob=normalise, routed_scaling_factor=2.5,
+    )  # fmt: skip
+    theirs = DeepseekV3TopkRouter(config)
+    logits, bias = torch.randn(33, num_experts), torch.randn(num_experts)
+    with torch.no_grad():
+        theirs.weight.copy_(torch.eye(num_experts))
+        theirs.e_score_correction_bias.copy_(bias)
+        _, weight_TK, expert_TK = theirs(logits)
+    ours = route_in_groups(
+        logits.sigmoid(), bias, 4, num_groups=4, num_groups_chosen=2, normalise=normalise,
+        scale=2.5,
+    )  # fmt: skip
+    order, other = ours.expert_TK.argsort(1), expert_TK.argsort(1)
+    assert torch.equal(ours.expert_TK.gather(1, order), expert_TK.gather(1, other))
+    torch.testing.assert_close(ours.weight_TK.gather(1, order), weight_TK.gather(1, other))
+
+
+@pytest.mark.row("S11")
+def test_without_a_bias_a_group_is_as_good_as_its_best_expert():
+    scores = torch.tensor([[0.30, 0.01, 0.20, 0.19, 0.02, 0.28]])
+    routing = route_in_groups(
+        scores, None, 2, num_groups=3, num_groups_chosen=2, normalise=False, scale=16.0
+    )
+    assert routing.expert_TK.tolist() == [[0, 5]]
+    torch.testing.assert_close(routing.weight_TK, torch.tensor([[0.30 * 16, 0.28 * 16]]))
