@@ -18,6 +18,7 @@ from deployments.counting import (
 from deployments.domain import StepDone
 from deployments.gang import Cause
 from parallel.layout import Layout
+from workers.protocol import Ack
 
 Collective = tuple[str, str, str, str]
 """(group, operation, path, reason): `path` is symmetric, chosen or fallback."""
@@ -63,7 +64,10 @@ class Counters:
     skews: dict[int, Histogram] = field(default_factory=dict)
     """By domain: its slowest rank's time less its fastest's."""
     collectives: dict[Collective, int] = field(default_factory=dict)
-    """Those that could run on symmetric memory, as the ranks report them."""
+    """Those that could run on symmetric memory, summed over the ranks that report them."""
+    told: dict[tuple[int, Collective], int] = field(default_factory=dict)
+    """By rank, its last word of the epoch `told_epoch`: ranks count from their start."""
+    told_epoch: int = 0
 
     @classmethod
     def of(cls, layout: Layout) -> "Counters":
@@ -94,6 +98,8 @@ class Counters:
             seconds = ack.seconds
             self.steps[rank].observe(seconds)
             slowest, fastest = max(slowest, seconds), min(fastest, seconds)
+            if ack.collectives:
+                self._collectives_of(header.epoch, ack)
         self.skews[step.domain].observe(slowest - fastest)
         for plan in step.plans:
             for chunk in plan.chunks:
@@ -102,6 +108,16 @@ class Counters:
                 if queued_at is not None:
                     chunk.request.queued_at = None
                     self.queue.observe(step.sent_at - queued_at)
+
+    def _collectives_of(self, epoch: int, ack: Ack) -> None:
+        if epoch != self.told_epoch:
+            self.told_epoch = epoch
+            self.told.clear()
+        for group, op, path, reason, count in ack.collectives:
+            labels = (group, op, path, reason)
+            new = count - self.told.get((ack.rank, labels), 0)
+            self.told[ack.rank, labels] = count
+            self.collectives[labels] = self.collectives.get(labels, 0) + new
 
     def first_token(self, num_prompt: int, num_cached: int) -> None:
         self.num_queried_tokens += num_prompt

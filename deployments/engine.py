@@ -45,7 +45,7 @@ from deployments.messages import (
     Tokens,
 )
 from deployments.pages import page_names
-from deployments.requests import GRAMMAR_ERROR, Request
+from deployments.requests import GRAMMAR_ERROR, NUMERICAL_ERROR, Request
 from deployments.requests import Finish as FinishReason
 from deployments.scheduler import RequestTooLarge, Scheduler, route
 from deployments.sockets import CurveKeys, Gate, IpcFolder, bind_router
@@ -597,6 +597,7 @@ class Engine:
                 log.warning("request %d ended: %s", number, request.failure)
                 self._requests.pop(request.key, None)
                 self._count(request)
+                self.counters.num_poisoned += request.failure == NUMERICAL_ERROR
                 self._send(identity, RequestFailed(number, request.failure))
 
     # Tokens

@@ -203,7 +203,9 @@ def test_a_ray_job_killed_five_times_answers_a_thousand_lines(tmp_path, ray_envi
         wait_until(lambda: not pids_of(out), ray_environment, job)
         kept |= set(whole_lines(out))
     wait_until(
-        lambda: "SUCCEEDED" in ray_job(ray_environment, "status", job).stdout, ray_environment, job
+        lambda: f"{job}' succeeded" in ray_job(ray_environment, "status", job).stdout,
+        ray_environment,
+        job,
     )
     check_all(out, asked, kept)
     assert len(asked) <= num_computed(log) <= len(asked) + num_kills * CONCURRENCY
