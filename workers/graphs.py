@@ -84,6 +84,7 @@ class DecodeGraphs:
         self._highest_RB = self._ring_R2B[:, 1].view(torch.float32)
         self._graphs: dict[int, _Graph] = {}
         self._pool = torch.cuda.graph_pool_handle() if is_gpu else None
+        self._stream = torch.cuda.Stream(device) if is_gpu else None
         self._num_turns = 0
         self._slots: NDArray[np.int64] | None = None
         self._bucket = 0
@@ -104,8 +105,11 @@ class DecodeGraphs:
             return
         torch.cuda.synchronize(self._device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        # NOTE: `torch.cuda.graph` would also collect garbage and empty the cache for each bucket.
+        with torch.cuda.stream(self._stream):
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             logits_BV = self._run(rows)
+            graph.capture_end()
         self._graphs[bucket] = _Graph(graph, rows, logits_BV)
 
     def bucket_of(self, num_rows: int) -> int:

@@ -1,0 +1,181 @@
+# ruff: noqa: B023  (what a loop measures is called within its turn)
+"""Our kernels on a GPU against what they could reach: microseconds, and share of the ceiling.
+
+    python -m tests.bench.bench_gpu_kernels
+
+Every timing is of replays of a CUDA graph that holds the kernel many times over rotating inputs,
+so that neither launches nor the cache decide. The ceilings are measured in the same run.
+"""
+
+import itertools
+from collections.abc import Callable
+
+import torch
+from torch.nn import functional
+
+from kernels.paged_decode import Split, paged_decode
+from kernels.paged_prefill import cut_chunks, paged_prefill
+from kernels.rms_norm import add_rms_norm
+from kernels.silu_multiply import silu_multiply
+from kernels.skinny_linear import skinny_linear
+
+DEVICE = "cuda"
+BF16 = torch.bfloat16
+
+
+def micros(run: Callable[[int], object], num_inputs: int, *, repeats: int = 5) -> float:
+    """Median microseconds of `run(i)` within a graph of one call for each input."""
+    run(0)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(num_inputs):
+            run(i)
+    graph.replay()
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / num_inputs * 1e3)
+    return sorted(times)[repeats // 2]
+
+
+def copy_rate() -> float:
+    x = torch.empty(2**31, dtype=torch.int8, device=DEVICE).random_()
+    y = torch.empty_like(x)
+    return 2 * x.nbytes / micros(lambda i: y.copy_(x), 3) / 1e6
+
+
+def show_linear(rate: float) -> None:
+    print("product of few rows with a weight: us (TB/s / copy), cuBLAS, then ours by (tile, warps)")
+    shapes = [(1024, 4096), (2048, 1024), (1024, 6144), (3072, 1024), (1024, 151936),
+              (4096, 6144), (4096, 4096), (4096, 24576), (12288, 4096), (4096, 151936)]  # fmt: skip
+    for (num_in, num_out), rows in itertools.product(shapes, (1, 2)):
+        count = max(3, min(40, 2**30 // (num_in * num_out * 2)))
+        weights = [torch.randn(num_out, num_in, dtype=BF16, device=DEVICE) for _ in range(count)]
+        x = torch.randn(rows, num_in, dtype=BF16, device=DEVICE)
+        size = weights[0].nbytes / 1e6
+        cublas = micros(lambda i: functional.linear(x, weights[i]), count)
+        cells = [f"{cublas:6.1f} ({size / cublas / rate:.2f})"]
+        for tile, warps in itertools.product((4096, 8192, 16384), (4, 8)):
+            took = micros(
+                lambda i: skinny_linear(x, weights[i], tile=tile, num_warps=warps),
+                count,
+            )
+            cells.append(f"{tile}/{warps} {took:6.1f} ({size / took / rate:.2f})")
+        print(f"  {rows} x {num_in} -> {num_out}: " + "  ".join(cells), flush=True)
+
+
+def decode_inputs(num_seqs: int, length: int, heads: int, kv_heads: int, copies: int):
+    pages = -(-length // 16)
+    table = torch.randperm(num_seqs * pages, device=DEVICE).to(torch.int32).view(num_seqs, pages)
+    caches = [
+        torch.randn(2, num_seqs * pages * 16, kv_heads, 128, dtype=BF16, device=DEVICE)
+        for _ in range(copies)
+    ]
+    q = torch.randn(num_seqs, heads, 128, dtype=BF16, device=DEVICE)
+    slots = torch.arange(num_seqs, device=DEVICE)
+    positions = torch.full((num_seqs,), length - 1, device=DEVICE)
+    return table, caches, q, slots, positions
+
+
+def show_decode(rate: float) -> None:
+    print("decode attention: us (TB/s / copy) by (splits x min part, block, stages, warps)")
+    for num_seqs, length, heads in ((1, 200, 32), (1, 1024, 32), (32, 1100, 32), (32, 4096, 32),
+                                    (128, 1100, 32), (128, 1100, 16), (256, 1000, 16)):  # fmt: skip
+        size = 2 * num_seqs * length * 8 * 128 * 2 / 1e6
+        copies = int(max(2, min(40, 400 // size)))
+        table, caches, q, slots, positions = decode_inputs(num_seqs, length, heads, 8, copies)
+        out = torch.empty_like(q)
+        splits = (
+            [Split(64, 64), Split(16, 128)] if num_seqs <= 32 else [Split(1, 64), Split(8, 256)]
+        )
+        for split, block, stages, warps in itertools.product(splits, (64, 128), (2, 3, 4), (4, 8)):
+            if split.min_part % block:
+                continue
+            try:
+                took = micros(
+                    lambda i: paged_decode(
+                        q, caches[i][0], caches[i][1], table, slots, positions, out,
+                        page_size=16, split=split, scale=0.1, sliding_window=None,
+                        block=block, num_stages=stages, num_warps=warps,
+                    ),
+                    copies,
+                )  # fmt: skip
+            except Exception as error:
+                print(f"  {block}/{stages}/{warps}: {type(error).__name__}")
+                continue
+            cell = f"{took:7.1f} ({size / took / rate:.2f})"
+            where = f"{num_seqs} x {length}, {heads}/8 heads"
+            print(
+                f"  {where}: {cell}  {split.num_splits}x{split.min_part} {block} {stages} {warps}"
+            )
+    print(flush=True)
+
+
+def show_prefill() -> None:
+    print("prefill attention: us, TFLOP/s by (stages, warps); torch's flash beside it")
+    for num_seqs, length in ((8, 1024), (1, 8192)):
+        table, caches, _, _, _ = decode_inputs(num_seqs, length, 32, 8, 1)
+        q = torch.randn(num_seqs * length, 32, 128, dtype=BF16, device=DEVICE)
+        out = torch.empty_like(q)
+        chunks = [(i * length, length, 0, i) for i in range(num_seqs)]
+        blocks = torch.from_numpy(cut_chunks(chunks)).to(DEVICE)
+        flops = 4 * num_seqs * length**2 / 2 * 32 * 128
+        for stages, warps in itertools.product((2, 3), (4, 8)):
+            took = micros(
+                lambda i: paged_prefill(
+                    q, caches[0][0], caches[0][1], table, blocks, out, page_size=16,
+                    scale=0.1, sliding_window=None, num_stages=stages, num_warps=warps,
+                ),
+                3,
+            )  # fmt: skip
+            print(
+                f"  {num_seqs} x {length}: {took:8.1f} {flops / took / 1e6:6.0f}  {stages} {warps}"
+            )
+        q4 = q.view(num_seqs, length, 32, 128).transpose(1, 2)
+        kv = torch.randn(2, num_seqs, 8, length, 128, dtype=BF16, device=DEVICE)
+        took = micros(
+            lambda i: functional.scaled_dot_product_attention(
+                q4,
+                kv[0],
+                kv[1],
+                is_causal=True,
+                enable_gqa=True,
+            ),
+            3,
+        )
+        print(f"  {num_seqs} x {length}: {took:8.1f} {flops / took / 1e6:6.0f}  torch", flush=True)
+
+
+def show_rows(rate: float) -> None:
+    print("rows: us (TB/s / copy)")
+    for rows, width in ((1, 1024), (1, 4096), (128, 4096), (8192, 4096)):
+        count = max(2, min(20, 2**30 // (rows * width * 8)))
+        x = torch.randn(count, rows, width, dtype=BF16, device=DEVICE)
+        residual, weight = torch.randn_like(x), torch.ones(width, dtype=BF16, device=DEVICE)
+        took = micros(lambda i: add_rms_norm(x[i], residual[i], weight, eps=1e-6), count)
+        size = rows * width * 8 / 1e6
+        gate = torch.randn(count, rows, 2 * width, dtype=BF16, device=DEVICE)
+        silu = micros(lambda i: silu_multiply(gate[i]), count)
+        print(
+            f"  {rows} x {width}: add_rms_norm {took:.1f} ({size / took / rate:.2f})"
+            f"  silu_multiply {silu:.1f} ({rows * width * 6 / 1e6 / silu / rate:.2f})",
+            flush=True,
+        )
+
+
+def main() -> None:
+    rate = copy_rate()
+    print(f"device copy: {rate:.2f} TB/s, read and written")
+    show_rows(rate)
+    show_linear(rate)
+    show_decode(rate)
+    show_prefill()
+
+
+if __name__ == "__main__":
+    main()

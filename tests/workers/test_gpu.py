@@ -1,0 +1,117 @@
+"""The GPU's steps against the CPU's, against eager runs, and against transformers in float32."""
+
+import pytest
+import torch
+
+from parallel.groups import single_rank_groups
+from parallel.layout import Layout
+from tests.workers.reference import SEQUENCES, expected_logits, save_tiny
+from workers.config import EngineConfig
+from workers.protocol import Admit, Body, Header, Sampling, pack
+from workers.runner import ModelRunner
+
+pytestmark = pytest.mark.gpus(1)
+
+MOE = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
+FAMILIES = {
+    "llama": ("Llama", {"attention_bias": True, "mlp_bias": True}),
+    "qwen2 window": ("Qwen2", {"use_sliding_window": True, "sliding_window": 4}),
+    "qwen3": ("Qwen3", {"head_dim": 16, "num_attention_heads": 6, "num_key_value_heads": 2}),
+    "qwen3 moe": ("Qwen3Moe", {**MOE, "norm_topk_prob": True}),
+}
+PROMPTS = [list(range(3, 20)), [258, 0, 17, 200, 33], [7], list(range(40, 51))]
+SLOTS = [2, 0, 5, 4]
+
+
+def new_runner(folder, device: str, **changes) -> ModelRunner:
+    settings = {"page_size": 4, "max_num_seqs": 6, "max_num_batched_tokens": 64}
+    runner = ModelRunner(
+        EngineConfig(model=str(folder), kv_cache_gb=0.01, **settings | changes),
+        Layout(),
+        0,
+        single_rank_groups(),
+        torch.device(device),
+        lambda stage, done, total: None,
+    )
+    runner.allocate(min(96, runner.max_pages))
+    return runner
+
+
+def header(num_rows: int, num_logit_rows: int) -> Header:
+    return Header(1, 0, 3, (num_rows,), (num_logit_rows,), 0, (num_rows,), 0, (), b"")
+
+
+def streams(runner: ModelRunner, sampling: list[Sampling], num_tokens: int) -> list[list[int]]:
+    """All prompts in one step, then decodes, two steps under way at a time."""
+    admits = [
+        Admit(slot, pack(prompt), len(prompt), 0, pack(range(16 * i, 16 * i + 16)), one)
+        for i, (slot, prompt, one) in enumerate(zip(SLOTS, PROMPTS, sampling, strict=True))
+    ]
+    lengths = [len(prompt) for prompt in PROMPTS]
+    body = Body(admits=tuple(admits), chunk_slots=pack(SLOTS), chunk_lengths=pack(lengths))
+    under_way = [runner.launch(header(sum(lengths), 4), body, 0)]
+    steps = []
+    for _ in range(num_tokens):
+        under_way.append(runner.launch(header(4, 4), Body(), 0))
+        steps.append(runner.finish(under_way.pop(0)).ids.tolist())
+    ascending = sorted(SLOTS)
+    rows = [dict(zip(SLOTS, steps[0], strict=True))]
+    rows += [dict(zip(ascending, step, strict=True)) for step in steps[1:]]
+    return [[row[slot] for row in rows] for slot in SLOTS]
+
+
+GREEDY = [Sampling(temperature=0.0)] * 4
+MIXED = [
+    Sampling(temperature=0.0),
+    Sampling(temperature=1.0, seed=5, nonce=7),
+    Sampling(temperature=0.8, seed=6, top_k=40, top_p=0.9),
+    Sampling(temperature=0.0, repetition_penalty=1.3),
+]
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, MIXED], ids=["greedy", "mixed"])
+@pytest.mark.parametrize("case", FAMILIES)
+def test_float32_tokens_are_those_of_a_cpu(case, sampling, tmp_path):
+    family, changes = FAMILIES[case]
+    save_tiny(tmp_path, family, **changes)
+    expected = streams(new_runner(tmp_path, "cpu", dtype="float32"), sampling, 40)
+    assert streams(new_runner(tmp_path, "cuda", dtype="float32"), sampling, 40) == expected
+
+
+@pytest.mark.parametrize("case", FAMILIES)
+def test_a_replay_gives_the_tokens_of_an_eager_run_of_its_rows(case, tmp_path):
+    family, changes = FAMILIES[case]
+    save_tiny(tmp_path, family, **changes)
+    runner = new_runner(tmp_path, "cuda", dtype="bfloat16")
+    replayed = streams(runner, GREEDY, 40)
+    runner = new_runner(tmp_path, "cuda", dtype="bfloat16")
+    graphs = runner._graphs
+    graphs._graphs = {b: each._replace(graph=None) for b, each in graphs._graphs.items()}
+    assert streams(runner, GREEDY, 40) == replayed
+
+
+@pytest.mark.parametrize("case", FAMILIES)
+def test_bfloat16_logits_are_as_near_as_those_of_transformers(case, tmp_path):
+    family, changes = FAMILIES[case]
+    theirs = save_tiny(tmp_path, family, **changes)
+    exact = expected_logits(theirs, SEQUENCES)
+    rough = torch.cat(
+        [
+            theirs.to("cuda", torch.bfloat16)(torch.tensor([list(s)], device="cuda")).logits[0]
+            for s in SEQUENCES
+        ]
+    )
+    runner = new_runner(tmp_path, "cuda", dtype="bfloat16")
+    admits = [
+        Admit(i, pack(s), len(s), 0, pack(range(16 * i, 16 * i + 16)), Sampling(temperature=0.0))
+        for i, s in enumerate(SEQUENCES)
+    ]
+    lengths = [len(s) for s in SEQUENCES]
+    body = Body(admits=tuple(admits), chunk_slots=pack([0, 1]), chunk_lengths=pack(lengths))
+    with torch.inference_mode():
+        rows = runner._state.apply(body)
+        runner._prepare_pages(rows)
+        ours = runner._model.logits(runner._model.forward(runner._batch(rows)))
+    our_error = (ours.cpu() - exact).abs().mean()
+    their_error = (rough.float().cpu() - exact).abs().mean()
+    assert our_error <= 1.2 * their_error
