@@ -173,26 +173,35 @@ def close_rows(logits_BV: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
 def _close(logits_BV: Tensor, rows: Rows | None) -> tuple[Tensor, Tensor]:
     num_rows, vocab_size = logits_BV.shape
     refuse_unless(logits_BV.stride(1) == 1, "a row of logits must be contiguous")
-    device = logits_BV.device
     num_blocks = triton.cdiv(vocab_size, BLOCK)
-    values_BK = torch.empty(num_rows, num_blocks, dtype=torch.float32, device=device)
-    ids_BK = torch.empty(num_rows, num_blocks, dtype=torch.int32, device=device)
-    ids_B = torch.empty(num_rows, dtype=torch.int64, device=device)
-    highest_B = torch.empty(num_rows, dtype=torch.float32, device=device)
+    values_BK = torch.empty(num_rows, num_blocks, dtype=torch.float32, device=logits_BV.device)
+    ids_BK = torch.empty(num_rows, num_blocks, dtype=torch.int32, device=logits_BV.device)
+    pdl = has_pdl(logits_BV)
+    if num_rows:
+        _highest_kernel[(num_blocks, num_rows)](
+            logits_BV,
+            values_BK,
+            ids_BK,
+            vocab_size,
+            logits_BV.stride(0),
+            BLOCK=BLOCK,
+            PDL=pdl,
+            num_warps=8,
+            launch_pdl=pdl,
+        )
+    return best_of_blocks(values_BK, ids_BK, rows)
+
+
+def best_of_blocks(
+    values_BK: Tensor, ids_BK: Tensor, rows: Rows | None = None
+) -> tuple[Tensor, Tensor]:
+    """(highest value, its id as int64) of each row, from its blocks' highest and their ids."""
+    num_rows, num_blocks = values_BK.shape
+    ids_B = torch.empty(num_rows, dtype=torch.int64, device=values_BK.device)
+    highest_B = torch.empty(num_rows, dtype=torch.float32, device=values_BK.device)
     if num_rows == 0:
         return highest_B, ids_B
-    pdl = has_pdl(logits_BV)
-    _highest_kernel[(num_blocks, num_rows)](
-        logits_BV,
-        values_BK,
-        ids_BK,
-        vocab_size,
-        logits_BV.stride(0),
-        BLOCK=BLOCK,
-        PDL=pdl,
-        num_warps=8,
-        launch_pdl=pdl,
-    )
+    pdl = has_pdl(values_BK)
     _close_kernel[(num_rows,)](
         values_BK,
         ids_BK,

@@ -1,0 +1,83 @@
+import pytest
+import torch
+
+from kernels.fused_moe import Tiles, choose_tiles, fused_moe, fused_moe_reference
+from kernels.route_experts import count_choices, route_experts, route_experts_reference
+
+# NOTE: the interpreter multiplies the bits of bfloat16 as if they were integers.
+DTYPES = [torch.float32, torch.bfloat16 if torch.cuda.is_available() else torch.float16]
+
+
+def numbers(*shape: int, seed: int, dtype: torch.dtype, device: str) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator).to(device, dtype)
+
+
+def layer(num_experts: int, hidden: int, width: int, dtype: torch.dtype, device: str):
+    options = {"dtype": dtype, "device": device}
+    gate_up = numbers(num_experts, 2 * width, hidden, seed=1, **options) / hidden**0.5
+    down = numbers(num_experts, hidden, width, seed=2, **options) / width**0.5
+    return gate_up, down
+
+
+def assert_near(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    tolerance = 1e-5 if actual.dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("normalise", [True, False])
+@pytest.mark.parametrize(
+    ("num_rows", "num_experts", "num_chosen"), [(1, 1, 1), (3, 6, 2), (5, 40, 7)]
+)
+def test_the_choice_equals_the_reference(
+    num_rows, num_experts, num_chosen, normalise, dtype, device
+):
+    logits = numbers(num_rows, num_experts, seed=0, dtype=dtype, device=device).round(decimals=1)
+    weights, experts = route_experts(logits, num_chosen, normalise=normalise)
+    expected = route_experts_reference(logits, num_chosen, normalise=normalise)
+    assert experts.tolist() == expected[1].tolist()
+    assert_near(weights, expected[0])
+
+
+def test_choices_are_counted(device):
+    counts = torch.tensor([5, 0, 0, 1], device=device)
+    count_choices(torch.tensor([[0, 2], [2, 3]], device=device), counts)
+    assert counts.tolist() == [6, 0, 2, 2]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tiles", [None, Tiles(16, 16, 16, 16, 4, 2)], ids=["chosen", "small"])
+@pytest.mark.parametrize(("first", "num_real"), [(0, 6), (2, 3), (0, 0)])
+@pytest.mark.parametrize("num_rows", [1, 21])
+def test_experts_equal_the_reference(num_rows, first, num_real, tiles, dtype, device):
+    gate_up, down = layer(6, 40, 24, dtype, device)
+    x = numbers(num_rows, 40, seed=0, dtype=dtype, device=device)
+    logits = numbers(num_rows, 7, seed=3, dtype=dtype, device=device)
+    weights, experts = route_experts(logits, 2, normalise=True)  # expert 6 is nobody's
+    places = {"first": first, "num_real": num_real}
+    out = fused_moe(x, weights, experts, gate_up, down, **places, tiles=tiles)
+    assert_near(out, fused_moe_reference(x, weights, experts, gate_up, down, **places))
+
+
+def test_one_expert_may_have_all_rows(device):
+    gate_up, down = layer(4, 32, 16, torch.float32, device)
+    x = numbers(37, 32, seed=0, dtype=torch.float32, device=device)
+    experts = torch.full((37, 1), 2, device=device)
+    weights = torch.ones(37, 1, device=device)
+    out = fused_moe(x, weights, experts, gate_up, down, first=0, num_real=4)
+    expected = fused_moe_reference(x, weights, experts, gate_up, down, first=0, num_real=4)
+    assert_near(out, expected)
+
+
+def test_tiles_grow_with_the_rows_of_an_expert():
+    rows = [choose_tiles(8 * num_rows, 128).rows for num_rows in (1, 32, 512, 8192)]
+    assert rows == sorted(rows)
+
+
+def test_shapes_that_do_not_fit_are_refused(device):
+    gate_up, down = layer(2, 8, 4, torch.float32, device)
+    x = torch.zeros(3, 8, device=device)
+    experts = torch.zeros(2, 1, dtype=torch.int64, device=device)
+    with pytest.raises(ValueError, match="3 rows come with"):
+        fused_moe(x, torch.ones(2, 1, device=device), experts, gate_up, down, first=0, num_real=2)
