@@ -202,7 +202,7 @@ def paged_decode(
     scale: float,
     sliding_window: int | None,
     block: int = BLOCK_TOKENS,
-    num_stages: int = 3,
+    num_stages: int = 2,
     num_warps: int = 4,
 ) -> None:
     """Fill `out_BHD`: row b attends tokens 0 to `positions_B[b]` of slot `slots_B[b]`."""

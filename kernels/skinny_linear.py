@@ -20,8 +20,9 @@ from kernels.launch import has_pdl, refuse_unless
 
 MAX_ROWS = 2
 MAX_COLUMNS = 16384
-TILE = 8192
-"""Numbers of the weight that a program reads at once."""
+MAX_COLUMNS_OF_TWO = 8192
+TILES = ((4096, 8), (8192, 4))
+"""For one and for two rows: numbers of the weight that a program reads at once, and its warps."""
 
 
 @triton.jit
@@ -70,8 +71,8 @@ def skinny_linear(
     gated: bool = False,
     out_dtype: torch.dtype | None = None,
     out: Tensor | None = None,
-    tile: int = TILE,
-    num_warps: int = 4,
+    tile: int | None = None,
+    num_warps: int | None = None,
 ) -> Tensor:
     """(T, N), or (T, N / 2) if gated; written to `out` where the caller has a place for it."""
     num_rows, num_in = x_TK.shape
@@ -93,6 +94,8 @@ def skinny_linear(
         out.shape == (num_rows, num_out) and out.is_contiguous(),
         f"out {tuple(out.shape)} must be contiguous and {(num_rows, num_out)}",
     )
+    best_tile, best_warps = TILES[num_rows - 1]
+    tile, num_warps = tile or best_tile, num_warps or best_warps
     block_k = triton.next_power_of_2(num_in)
     block_n = max(1, tile // block_k // (2 if gated else 1))
     pdl = has_pdl(x_TK)
@@ -117,7 +120,10 @@ def skinny_linear(
 
 def fits(x_TK: Tensor) -> bool:
     """Whether `skinny_linear` is the way to multiply `x` by a weight."""
-    return x_TK.is_cuda and 0 < x_TK.shape[0] <= MAX_ROWS and x_TK.shape[1] <= MAX_COLUMNS
+    num_rows, num_in = x_TK.shape
+    if not x_TK.is_cuda or not 0 < num_rows <= MAX_ROWS:
+        return False
+    return num_in <= (MAX_COLUMNS if num_rows == 1 else MAX_COLUMNS_OF_TWO)
 
 
 def skinny_linear_reference(

@@ -93,7 +93,9 @@ def _truncate_kernel(
         x = tl.load(row_ptr + ids, mask=ids < vocab_size, other=float("-inf"))
         highs = tl.maximum(highs, x)
     highest = tl.div_rn(tl.max(highs, axis=0), temperature)
-    floor = highest + tl.log(tl.load(min_p_ptr + row))
+    min_p = tl.load(min_p_ptr + row)
+    floor = highest + tl.log(tl.maximum(min_p, 1e-30))
+    floor = tl.where(min_p > 0.0, floor, float("-inf"))
     bottom = _key(float("-inf") + highest * 0)
     top = _key(highest)
     lowest = floor

@@ -404,12 +404,25 @@ def _draw_rows(
     """`ids_R` with the drawn rows' ids in place of the likeliest."""
     positions_N = torch.from_numpy(positions_R[draws.rows]).to(ids_R.device, non_blocking=True)
     scaled_NV = logits_RV if draws.rows_N is None else logits_RV[draws.rows_N]
+    if scaled_NV.is_cuda:
+        drawn_N = _draw_on_gpu(scaled_NV, draws, positions_N)
+        return drawn_N if draws.rows_N is None else ids_R.index_copy(0, draws.rows_N, drawn_N)
     scaled_NV = scaled_NV / draws.temperature_N1
     lowest_N1 = None if draws.truncation is None else lowest_kept(scaled_NV, draws.truncation)
     drawn_N = draw(scaled_NV, lowest_N1, draws.seed_N, draws.nonce_N, positions_N)
     if draws.rows_N is None:
         return drawn_N
     return ids_R.index_copy(0, draws.rows_N, drawn_N)
+
+
+def _draw_on_gpu(logits_NV: Tensor, draws: _Draws, position_N: Tensor) -> Tensor:
+    from kernels import draw as race  # Triton: only with a GPU
+    from kernels import truncate
+
+    temperature_N, lowest_N = draws.temperature_N1.flatten(), None
+    if draws.truncation is not None:
+        lowest_N = truncate.lowest_kept(logits_NV, temperature_N, *draws.truncation)
+    return race.draw(logits_NV, temperature_N, lowest_N, draws.seed_N, draws.nonce_N, position_N)
 
 
 def draw(

@@ -5,8 +5,8 @@ intermediate columns. Either every rank routes all rows alike and computes its s
 owed over tp; or rows are scattered, and an all-to-all takes each to its experts and back
 (`workers.layers.dispatch`). Rows of padding choose no expert.
 
-The three ways of computing the experts are one function of their arguments; which is quickest
-depends on the number of rows and on whether the host may look at the choice.
+The ways of computing the experts are one function of their arguments; which is quickest depends on
+the device and the number of rows.
 """
 
 from collections.abc import Sequence
@@ -24,9 +24,6 @@ from workers.layers.dispatch import AllToAll, Routing
 from workers.layers.fast import silu_and_multiply
 from workers.model_config import MoeConfig
 from workers.weights import OneOf, Part, Source, everything
-
-MAX_GATHERED = 64
-"""Choices up to which a GPU copies the experts' weights instead of asking who was chosen."""
 
 
 class ExpertNames(NamedTuple):
@@ -76,6 +73,10 @@ class SoftmaxRouter:
 
 def route(logits_TE: Tensor, num_chosen: int, *, normalise: bool) -> Routing:
     """The likeliest experts, by a softmax over all of them in float32."""
+    if logits_TE.is_cuda:
+        from kernels.route_experts import route_experts  # Triton: only with a GPU
+
+        return Routing(*route_experts(logits_TE, num_chosen, normalise=normalise))
     probs_TE = functional.softmax(logits_TE, dim=-1, dtype=torch.float32)
     weight_TK, expert_TK = probs_TE.topk(num_chosen, dim=-1)
     if normalise:
@@ -115,11 +116,10 @@ def route_in_groups(
 
 
 class Experts:
-    """This rank's experts, and the three ways to apply them to rows.
+    """This rank's experts, and the ways to apply them to rows.
 
     Choices of other ranks' experts, or of none, add nothing. On a CPU, sorting pays once experts
-    are chosen more than once, and copying weights never does (2 to 50 times slower, unless experts
-    are tiny).
+    are chosen more than once. On a GPU a kernel of ours takes all choices at once.
     """
 
     def __init__(self, gate_up_END: Tensor, down_EDI: Tensor, first: int, num_real: int) -> None:
@@ -132,11 +132,25 @@ class Experts:
 
     def apply(self, x_TD: Tensor, routing: Routing) -> Tensor:
         num_choices = routing.expert_TK.numel()
-        if x_TD.is_cuda and num_choices <= MAX_GATHERED:
-            return self.apply_gathered(x_TD, routing)
-        if not x_TD.is_cuda and num_choices <= self.num_real:
+        if x_TD.is_cuda:
+            return self.apply_fused(x_TD, routing)
+        if num_choices <= self.num_real:
             return self.apply_in_turn(x_TD, routing)
         return self.apply_by_expert(x_TD, routing)
+
+    def apply_fused(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        """On a GPU: the host need not know who chose whom."""
+        from kernels.fused_moe import fused_moe  # Triton: only with a GPU
+
+        return fused_moe(
+            x_TD.contiguous(),
+            routing.weight_TK.contiguous(),
+            routing.expert_TK.contiguous(),
+            self.gate_up_END,
+            self.down_EDI,
+            first=self.first,
+            num_real=self.num_real,
+        )
 
     def apply_in_turn(self, x_TD: Tensor, routing: Routing) -> Tensor:
         """One choice after another; nothing is moved."""
@@ -168,20 +182,6 @@ class Experts:
         y_TKD = y_ND.view(num_rows, num_chosen, x_TD.shape[1])
         return torch.bmm(routing.weight_TK.unsqueeze(1), y_TKD).squeeze(1)
 
-    def apply_gathered(self, x_TD: Tensor, routing: Routing) -> Tensor:
-        """Copy the chosen experts' weights, one set a choice: the host need not know which."""
-        if self.num_real == 0:
-            return torch.zeros_like(x_TD)
-        num_rows, num_chosen = routing.expert_TK.shape
-        local_TK = routing.expert_TK - self.first
-        mine_TK = (local_TK >= 0) & (local_TK < self.num_real)
-        local_N = local_TK.clamp(0, self.num_real - 1).flatten()
-        x_ND1 = x_TD.repeat_interleave(num_chosen, 0).unsqueeze(2)
-        gate_up_N2I = torch.bmm(self.gate_up_END[local_N], x_ND1).squeeze(2)
-        y_ND1 = torch.bmm(self.down_EDI[local_N], silu_and_multiply(gate_up_N2I).unsqueeze(2))
-        weight_TK1 = (routing.weight_TK * mine_TK).unsqueeze(2)
-        return (y_ND1.view(num_rows, num_chosen, x_TD.shape[1]) * weight_TK1).sum(1)
-
     def _one(self, local: int, x_TD: Tensor) -> Tensor:
         gate_up_ND, down_DI = self._each[local]
         return functional.linear(silu_and_multiply(functional.linear(x_TD, gate_up_ND)), down_DI)
@@ -195,6 +195,11 @@ class ExpertLoad:
         """The last counts choices of none."""
 
     def add(self, expert_TK: Tensor) -> None:
+        if expert_TK.is_cuda:
+            from kernels.route_experts import count_choices  # Triton: only with a GPU
+
+            count_choices(expert_TK.contiguous(), self._counts_E)
+            return
         chosen_N = expert_TK.reshape(-1)
         self._counts_E.index_add_(0, chosen_N, torch.ones_like(chosen_N))
 

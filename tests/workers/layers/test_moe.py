@@ -55,10 +55,7 @@ def test_the_three_ways_agree_with_the_definition(num_rows, num_chosen, mine):
         len(mine),
     )
     expected = plain(x, routing, mine)
-    ways = (
-        experts.apply, experts.apply_in_turn, experts.apply_by_expert, experts.apply_gathered
-    )  # fmt: skip
-    for apply in ways:
+    for apply in (experts.apply, experts.apply_in_turn, experts.apply_by_expert):
         torch.testing.assert_close(apply(x, routing), expected, atol=1e-5, rtol=1e-5)
 
 
