@@ -21,8 +21,10 @@ from kernels.launch import has_pdl, refuse_unless
 MAX_ROWS = 2
 MAX_COLUMNS = 16384
 MAX_COLUMNS_OF_TWO = 8192
-TILES = ((4096, 8), (8192, 4))
-"""For one and for two rows: numbers of the weight that a program reads at once, and its warps."""
+SHORT = 2048
+TILES = {(1, True): (8192, 4), (1, False): (4096, 8), (2, True): (8192, 4), (2, False): (8192, 4)}
+"""By rows, and by whether a row is short: numbers of the weight that a program reads at once, and
+its warps. Measured on an H200."""
 
 
 @triton.jit
@@ -94,7 +96,7 @@ def skinny_linear(
         out.shape == (num_rows, num_out) and out.is_contiguous(),
         f"out {tuple(out.shape)} must be contiguous and {(num_rows, num_out)}",
     )
-    best_tile, best_warps = TILES[num_rows - 1]
+    best_tile, best_warps = TILES[num_rows, num_in <= SHORT]
     tile, num_warps = tile or best_tile, num_warps or best_warps
     block_k = triton.next_power_of_2(num_in)
     block_n = max(1, tile // block_k // (2 if gated else 1))

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kernels.decode_rows import Rows, close_rows, open_rows
+from parallel.groups import Call, Ledger
 from workers.batch import ForwardBatch, StepRows
 from workers.gpu_attention import DeviceTable, GpuAttention, Upload
 from workers.models import Model
@@ -55,6 +56,8 @@ class _Graph(NamedTuple):
     graph: torch.cuda.CUDAGraph | None
     rows: Rows
     logits_BV: Tensor
+    calls: tuple[Call, ...] = ()
+    """The collectives that were captured."""
 
 
 class DecodeGraphs:
@@ -66,10 +69,12 @@ class DecodeGraphs:
         attention: GpuAttention,
         table: DeviceTable,
         last_token_S: Tensor,
+        ledger: Ledger,
         *,
         page_size: int,
         max_num_seqs: int,
     ) -> None:
+        self._ledger = ledger
         self.buckets = buckets_up_to(max_num_seqs)
         self._model, self._attention, self._table = model, attention, table
         self._page_size = page_size
@@ -100,6 +105,7 @@ class DecodeGraphs:
         rows = self._rows(bucket)
         logits_BV = self._run(rows)  # compiles, and makes what libraries make at first use
         self._num_turns += 1
+        self._ledger.cut()
         if self._pool is None:
             self._graphs[bucket] = _Graph(None, rows, logits_BV)
             return
@@ -110,7 +116,7 @@ class DecodeGraphs:
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             logits_BV = self._run(rows)
             graph.capture_end()
-        self._graphs[bucket] = _Graph(graph, rows, logits_BV)
+        self._graphs[bucket] = _Graph(graph, rows, logits_BV, self._ledger.cut())
 
     def bucket_of(self, num_rows: int) -> int:
         """The smallest captured size that holds so many rows; 0 if none does."""
@@ -129,6 +135,7 @@ class DecodeGraphs:
         if graph.graph is None:
             graph = graph._replace(logits_BV=self._run(graph.rows))
         else:
+            self._ledger.replay(graph.calls)
             graph.graph.replay()
         self._num_turns += 1
         turn = self._num_turns % RING

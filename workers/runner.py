@@ -432,6 +432,7 @@ class ModelRunner:
             self._attention,
             self._table,
             self._sampler.last_token_S,
+            self._ledger,
             page_size=self._config.page_size,
             max_num_seqs=self._config.max_num_seqs,
         )

@@ -21,7 +21,7 @@ from parallel.plan import Place
 from parallel.symmetric import moved_to_slot
 from workers.layers.build import Build, even_share, padded_share
 from workers.layers.dispatch import AllToAll, Routing
-from workers.layers.fast import silu_and_multiply
+from workers.layers.fast import linear, silu_and_multiply
 from workers.model_config import MoeConfig
 from workers.weights import OneOf, Part, Source, everything
 
@@ -256,7 +256,7 @@ class SparseMLP:
         return Activation(out_TD, self._rows, self._owed)
 
     def _route(self, x_TD: Tensor, split: RowSplit | None) -> Routing:
-        routing = self._router.forward(functional.linear(x_TD, self._router_ED))
+        routing = self._router.forward(linear(x_TD, self._router_ED))
         live_T = None if split is None else split.live(self._rows)
         if live_T is not None:
             chosen = routing.expert_TK.masked_fill(~live_T.unsqueeze(1), self._moe.num_experts)
