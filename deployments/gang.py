@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
+from deployments.deadlock import Waits
 from deployments.domain import Desync, Domain, StepDone
 from deployments.scheduler import Plan, Scheduler
 from workers.architectures import plan_of
@@ -119,6 +120,7 @@ class Gang:
         self._started_at = now
         self._last_heard: dict[int, float] = {}
         self._last_step: dict[int, int] = {}
+        self._waits = Waits(self.layout, self.plan)
         self._sent_at: dict[tuple[int, int], float] = {}
         self._stages: list[str] = []
         self._shown = ""
@@ -136,6 +138,7 @@ class Gang:
                 return self._on_ack(message)
             case Beat():
                 self._last_step[rank] = message.step
+                self._waits.note(message, now)
             case Progress():
                 self._progress[rank] = message
                 self._show_progress()
@@ -199,8 +202,15 @@ class Gang:
         for domain in self.domains:
             if domain.under_way:
                 step = domain.under_way[0].number
+                self._refuse_deadlock(domain, step, now)
                 if now - self._sent_at[domain.index, step] > self.config.step_timeout_s:
                     raise self._late_step(domain, step)
+
+    def _refuse_deadlock(self, domain: Domain, step: int, now: float) -> None:
+        found = self._waits.deadlock(domain.late_ranks(), domain.ranks, now)
+        if found is not None:
+            rank, sentence = found
+            raise GangFailed(f"{sentence} in step {step}", rank, cause=Cause.DESYNC)
 
     def oldest_step_age(self, now: float) -> float:
         """Seconds since the oldest step under way was sent; 0 when there is none."""

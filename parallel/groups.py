@@ -92,7 +92,7 @@ class Ledger:
         self.counts: PathCounts = Counter()
         """Over all steps that were taken."""
         self.is_inside = False
-        """A collective has been begun and has not returned."""
+        """The last one begun has not returned."""
         self._calls: list[Call] = []
         self._last: list[Call] | None = None
         self._last_digest = b""
@@ -102,6 +102,16 @@ class Ledger:
     def num_collectives(self) -> int:
         """Of the step under way."""
         return len(self._calls)
+
+    def waiting(self) -> tuple[int, str, str]:
+        """(which of the step's, op, group) of the collective that has not returned; 0 for none.
+
+        Another thread may ask.
+        """
+        calls = self._calls
+        if not self.is_inside or not calls:
+            return 0, "", ""
+        return len(calls), calls[-1].op, calls[-1].group
 
     def record(self, call: Call) -> None:
         self._calls.append(call)

@@ -20,6 +20,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -111,7 +112,9 @@ def run_rank(layout: Layout, rank: int, store_path: str, device_name: str) -> di
         groups = build_groups(layout, rank, connect_torch(ranks, rank, TIMEOUT))
         twin = twin_of(groups.tp)
         sizes = sizes_for(device)
+        began = time.perf_counter()
         open_arena(groups, layout, sizes)
+        open_s = time.perf_counter() - began
         with profiled(device) as trace, torch.inference_mode():
             cases = list(run_cases(groups, sizes))
             if twin is not None:
@@ -120,7 +123,13 @@ def run_rank(layout: Layout, rank: int, store_path: str, device_name: str) -> di
     finally:
         dist.destroy_process_group()
     add_kernels(cases, trace)
-    return {"rank": rank, "cases": [asdict(case) for case in cases], "rules": rules, "trace": trace}
+    return {
+        "rank": rank,
+        "open_s": round(open_s, 3),
+        "cases": [asdict(case) for case in cases],
+        "rules": rules,
+        "trace": trace,
+    }
 
 
 def twin_of(group: Group) -> Group | None:
@@ -381,6 +390,7 @@ def check(layout: Layout, device: str) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "torch": torch.__version__,
         "nccl": version if device == "cuda" else "",
+        "open_s": max((result["open_s"] for result in results), default=0.0),
         "bad": bad,
         "cases": results[0]["cases"] if results else [],
         "trace": results[0]["trace"] if results else [],
@@ -397,6 +407,7 @@ def show(result: dict[str, Any]) -> str:
             f"{case['op']:15} {case['group']:9} {members:12} {case['mode']:6} {case['path']:10} "
             f"{case['reason']:13} {case['kernel'] or 'ledger only'}  {right}"
         )
+    lines.append(f"the arena was opened and registered in {result['open_s']:.3f} s")
     usual = [case for case in result["cases"] if case["mode"] != "twin"]
     fallbacks = sum(case["path"] == "fallback" for case in usual)
     twins = [case for case in result["cases"] if case["mode"] == "twin"]

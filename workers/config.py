@@ -153,7 +153,17 @@ class Failpoint(Struct, frozen=True):
     """A planted fault, for tests: at `step` of `epoch`, `rank` does what `action` says."""
 
     action: Literal[
-        "kill", "stop", "skip_collective", "corrupt_ids", "slow", "raise", "skip_step", "poison"
+        "kill",
+        "stop",
+        "skip_collective",
+        "corrupt_ids",
+        "slow",
+        "raise",
+        "skip_step",
+        "poison",
+        "foreign_slot",
+        "shifted_slot",
+        "late_registration",
     ]
     rank: int
     step: int

@@ -1,7 +1,8 @@
 """Planted faults, so that tests can show what a fault does. Without failpoints none of this runs.
 
 A fault fires at the first step, from its own on, at which it can: `corrupt_ids` and `poison` wait
-for a step that samples, `skip_collective` for one that communicates.
+for a step that samples, `skip_collective` for one that communicates, `foreign_slot` (another
+group's) and `shifted_slot` (at another offset than on other ranks) for one that takes a slot.
 """
 
 import os
@@ -14,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from parallel.arena import Block
-from parallel.groups import Transport
+from parallel.arena import ALIGNMENT, Block, Slot
+from parallel.groups import Groups, Transport
 from workers.config import Failpoint
 
 SLOW_S = 3.0
@@ -31,6 +32,7 @@ class Failpoints:
     def __init__(self, failpoints: Iterable[Failpoint], *, epoch: int, rank: int) -> None:
         self._left = [each for each in failpoints if each.epoch == epoch and each.rank == rank]
         self._step = -1
+        self._groups: Groups | None = None
 
     def __bool__(self) -> bool:
         return bool(self._left)
@@ -52,11 +54,31 @@ class Failpoints:
             os.kill(os.getpid(), signal.SIGSTOP)
         if self.take("slow", step):
             time.sleep(SLOW_S)
+        if self._groups and self._groups.tp.transport and self.take("late_registration", step):
+            self._groups.arena.register(self._groups.tp.transport)
         if self.take("raise", step):
             raise PlantedFault(f"the failpoint of step {step} was reached")
 
+    def attach(self, groups: Groups) -> None:
+        """Let this rank's memory and ledger go wrong when that is due."""
+        self._groups = groups
+        groups.arena.place = self._place
+
     def skips_a_collective(self) -> bool:
-        return self.take("skip_collective", self._step)
+        """Then it is as if the rank had not called it, and its ledger does not know of it."""
+        if self._groups is None or not self.take("skip_collective", self._step):
+            return False
+        self._groups.ledger.forget_last()
+        return True
+
+    def _place(self, slot: Slot) -> int:
+        """Where a slot begins, or another one."""
+        if self._groups and self.take("foreign_slot", self._step):
+            foreign = [each for each in self._groups.arena.plan.slots if each.groups != slot.groups]
+            return max(foreign, key=lambda each: each.num_bytes).offset
+        if self.take("shifted_slot", self._step):
+            return slot.offset + ALIGNMENT
+        return slot.offset
 
     def corrupt(self, ids: NDArray[np.int32], step: int) -> NDArray[np.int32]:
         """The ids of `step`, the first one flipped if that is due."""

@@ -74,7 +74,8 @@ class DriverLink:
 class Pulse(threading.Thread):
     """Beats every `beat_ms` until `stop`; calls `alone()` once the driver has been silent too long.
 
-    `step()` is asked for the number of the step that the rank is in.
+    `step()` is asked for the number of the step that the rank is in, `waiting()` for the
+    collective that it waits in (which of the step's, op, group).
     """
 
     def __init__(
@@ -84,11 +85,13 @@ class Pulse(threading.Thread):
         *,
         step: Callable[[], int],
         alone: Callable[[], None],
+        waiting: Callable[[], tuple[int, str, str]] = lambda: (0, "", ""),
         silence_s: float = SILENCE_S,
     ) -> None:
         super().__init__(name=f"beat-{spec.rank}", daemon=True)
         self._context, self._spec = context, spec
         self._step, self._alone, self._silence_s = step, alone, silence_s
+        self._waiting = waiting
         self._ended = threading.Event()
 
     def run(self) -> None:
@@ -96,7 +99,7 @@ class Pulse(threading.Thread):
         heard = time.monotonic()
         try:
             while not self._ended.wait(self._spec.config.beat_ms / 1000):
-                beat = Beat(self._spec.epoch, self._spec.rank, self._step())
+                beat = Beat(self._spec.epoch, self._spec.rank, self._step(), *self._waiting())
                 if socket.poll(0, zmq.POLLOUT):
                     socket.send(encode(beat), zmq.NOBLOCK)
                 while socket.poll(0):

@@ -40,7 +40,7 @@ import numpy as np
 from msgspec import Meta, Struct
 from numpy.typing import NDArray
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 """Raised whenever a struct changes; a worker of another version is refused at `Hello`."""
 
 MAX_MESSAGE_BYTES = 64 * 2**20
@@ -288,8 +288,11 @@ class Beat(Message, frozen=True, tag="beat"):
     epoch: Natural
     rank: Natural
     step: Natural
-    in_collective: bool = False
-    """The main thread waits for its peers in a collective."""
+    collective: Natural = 0
+    """Which of the step's collectives the main thread waits for its peers in; 0 if in none."""
+    op: str = ""
+    group: str = ""
+    """What that one is."""
 
 
 class Failed(Message, frozen=True, tag="failed"):

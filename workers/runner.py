@@ -23,6 +23,7 @@ from torch import Tensor
 from parallel.dp_attention import RowCounts
 from parallel.groups import Groups, Ledger
 from parallel.layout import Layout
+from parallel.padding import align_rows
 from workers import bundled
 from workers.architectures import plan_of
 from workers.attention import PagedAttention
@@ -152,6 +153,7 @@ class ModelRunner:
         self._graphs: DecodeGraphs | None = None
         self._ledger: Ledger = groups.ledger
         self._num_replicas = layout.num_replicas
+        self._row_multiple = plan_of(config).row_multiple
         with torch.inference_mode():
             self._model = make_model(config, layout, rank, groups, device, progress)
         self.vocab_size = self._model.vocab_size
@@ -217,8 +219,9 @@ class ModelRunner:
         """A step that no driver asked for: all ranks run it, on equal rows."""
         with torch.inference_mode():
             rows, num = self._state.apply(body), self._num_replicas
+            [padded] = align_rows([rows.num_rows], self._row_multiple)
             counts = RowCounts(
-                (rows.num_rows,) * num, (rows.num_rows,) * num, (rows.num_logit_rows,) * num
+                (rows.num_rows,) * num, (padded,) * num, (rows.num_logit_rows,) * num
             )
             return self._launch(rows, body.admits, counts, 0)
 

@@ -63,6 +63,8 @@ MAX_IN_FLIGHT = 2
 SPIN_S = 20e-6
 """How often a rank with a step on the GPU looks for the next one."""
 MAX_REASON = 500
+PATHS_EVERY = 100
+"""Steps after which a rank says again what its collectives run on."""
 
 ALONE_EXIT_CODE = 70
 
@@ -190,6 +192,8 @@ class Worker:
         self._replica = place.attn_dp
         self._chain = StepChain(epoch=spec.epoch, rank=spec.rank, replica=self._replica)
         self._failpoints = Failpoints(spec.failpoints, epoch=spec.epoch, rank=spec.rank)
+        self._groups: Groups | None = None
+        self._num_paths = 0
         self._left = threading.Event()
         self._in_flight: deque[_InFlight] = deque()
         self._awaits_mask = False
@@ -200,7 +204,13 @@ class Worker:
     def run(self) -> None:
         context = zmq.Context()
         link = DriverLink(context, self._spec)
-        pulse = Pulse(context, self._spec, step=self._step, alone=self._alone)
+        pulse = Pulse(
+            context,
+            self._spec,
+            step=self._step,
+            alone=self._alone,
+            waiting=self._waiting,
+        )
         pulse.start()
         try:
             self._serve(link)
@@ -222,6 +232,9 @@ class Worker:
         """For the beats; an epoch that has not begun is at its step 0."""
         return max(0, self._chain.step)
 
+    def _waiting(self) -> tuple[int, str, str]:
+        return self._groups.ledger.waiting() if self._groups else (0, "", "")
+
     def _alone(self) -> None:
         print(
             f"rank {self._spec.rank}: the driver has been silent for too long; leaving",
@@ -238,6 +251,9 @@ class Worker:
         link.send(self._hello(rendezvous.port))
         start = self._await(link, Start)
         groups = rendezvous.join(start, wrap=self._skipping if self._failpoints else None)
+        self._groups = groups
+        if self._failpoints:
+            self._failpoints.attach(groups)
         runner = self._make_runner(
             self._spec.config,
             self._layout,
@@ -408,7 +424,16 @@ class Worker:
             logprobs=result.logprobs if first else (),
             prompt_logprobs=result.prompt_logprobs if first else (),
             poisoned=poisoned if first else (),
+            collectives=self._paths(done.step),
         )
+
+    def _paths(self, step: int) -> tuple[tuple[str, str, str, str, int], ...]:
+        """What collectives have run on so far: now and then, and when something new has come."""
+        counts = self._groups.ledger.counts if self._groups else {}
+        if len(counts) == self._num_paths and step % PATHS_EVERY:
+            return ()
+        self._num_paths = len(counts)
+        return tuple((*path, count) for path, count in counts.items())
 
 
 def refuse_foreign_kernels() -> None:
