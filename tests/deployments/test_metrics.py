@@ -15,7 +15,7 @@ import socket
 import subprocess
 import threading
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -447,3 +447,71 @@ def test_promtool_takes_the_alerts():
         pytest.skip("promtool is not installed; names are tested by the parser above")
     command = [promtool, "check", "rules", HELM / "alerts" / "lockstep.yaml"]
     subprocess.run(command, check=True, capture_output=True, timeout=20)
+
+
+PROMETHEUS = """
+global: {{scrape_interval: 500ms, evaluation_interval: 500ms}}
+rule_files: ["{rules}"]
+scrape_configs:
+  - job_name: lockstep
+    static_configs: [{{targets: ["{target}"]}}]
+"""
+
+
+@contextmanager
+def prometheus(folder, target):
+    """A real one that scrapes `target` and knows the alerts; gives its API's URL."""
+    binary = shutil.which("prometheus")
+    if binary is None:
+        pytest.skip("prometheus is not installed (Debian's package has it, with promtool)")
+    rules = HELM / "alerts" / "lockstep.yaml"
+    (folder / "config.yaml").write_text(PROMETHEUS.format(rules=rules, target=target))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    flags = {
+        "config.file": folder / "config.yaml",
+        "storage.tsdb.path": folder / "data",
+        "web.listen-address": address,
+        "web.console.templates": folder,
+        "web.console.libraries": folder,
+    }
+    command = [binary, *(f"--{name}={value}" for name, value in flags.items())]
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+    try:
+        yield f"http://{address}/api/v1"
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+def answers(api, query):
+    """Does the query return any series?"""
+    query = query.replace("$__rate_interval", "10s")
+    found = httpx.get(f"{api}/query", params={"query": query}, timeout=10).json()
+    assert found["status"] == "success", query
+    return bool(found["data"]["result"])
+
+
+def firing(api):
+    with suppress(httpx.HTTPError):
+        found = httpx.get(f"{api}/alerts", timeout=10).json()["data"]["alerts"]
+        return {alert["labels"]["alertname"] for alert in found if alert["state"] == "firing"}
+    return set()
+
+
+@pytest.mark.slow
+def test_a_real_prometheus_draws_every_panel_and_tells_of_a_killed_rank(rig, tmp_path):
+    live(rig)
+    with prometheus(tmp_path, rig.url.split("/")[2]) as api:
+        wait_for(lambda: "LockstepRankDown" not in firing(api))
+        began = time.monotonic()
+        while time.monotonic() - began < 12:
+            asyncio.run(hammer(rig.fronts[:1], 30, seed=2))
+        silent = [title for title, query in dashboard_queries() if not answers(api, query)]
+        assert silent == []
+        assert "LockstepRankDown" not in firing(api)
+        os.kill(rig.engine.ranks()[0].pid, signal.SIGKILL)
+        wait_for(lambda: "LockstepRankDown" in firing(api))
+    wait_for(lambda: rig.engine.health().ready)
