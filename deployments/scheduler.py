@@ -359,6 +359,7 @@ class Scheduler:
 
     def _preempt(self, request: Request) -> None:
         self._leave(request)
+        self._release(self._last_applied)  # at once, if none of its steps is under way
         request.num_preemptions += 1
         self.num_preemptions += 1
         insort(self.waiting, request, key=_by_arrival)
