@@ -418,6 +418,17 @@ def show(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def dump(result: dict[str, Any]) -> str:
+    """JSON with one case, and one event of the trace, a line."""
+    lines = [
+        f"{json.dumps(key)}: {json.dumps(value)}"
+        if key not in ("cases", "trace")
+        else f"{json.dumps(key)}: [\n  " + ",\n  ".join(map(json.dumps, value)) + "\n ]"
+        for key, value in result.items()
+    ]
+    return "{\n " + ",\n ".join(lines) + "\n}\n"
+
+
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="lockstep check", description="Try every collective.")
     made.add_argument("--world", type=int, default=0, help="ranks; the same as --tp-size")
@@ -462,7 +473,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     result = check(layout, device)
     print(show(result))
     if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
+        command = "python -m workers.check " + " ".join(sys.argv[1:] if argv is None else argv)
+        Path(args.json).write_text(dump({"command": command} | result))
     return 1 if result["bad"] else 0
 
 

@@ -429,11 +429,13 @@ class Worker:
 
     def _paths(self, step: int) -> tuple[tuple[str, str, str, str, int], ...]:
         """What collectives have run on so far: now and then, and when something new has come."""
-        counts = self._groups.ledger.counts if self._groups else {}
+        if self._groups is None:
+            return ()
+        counts = self._groups.ledger.counts
         if len(counts) == self._num_paths and step % PATHS_EVERY:
             return ()
         self._num_paths = len(counts)
-        return tuple((*path, count) for path, count in counts.items())
+        return tuple((group, op, path, why, n) for (group, op, path, why), n in counts.items())
 
 
 def refuse_foreign_kernels() -> None:
