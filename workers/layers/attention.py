@@ -124,14 +124,15 @@ class SelfAttention:
         """What the rows read of their sequences, heads side by side."""
         if isinstance(attention, ProjectionAttention):
             return self._attend_projection(qkv_TND, rotation, attention)
-        qk_TND, v_TGD = qkv_TND.split((self._num_rotated, self._num_kv_heads), dim=1)
+        qk_TND, v_TGD = qkv_TND.split_with_sizes((self._num_rotated, self._num_kv_heads), 1)
         if self._qk_norm is not None:
             qk_TND = self._qk_norm.forward(qk_TND)
-        q_THD, k_TGD = rotation.apply(qk_TND).split((self._num_heads, self._num_kv_heads), dim=1)
+        turned_TND = rotation.apply(qk_TND)
+        q_THD, k_TGD = turned_TND.split_with_sizes((self._num_heads, self._num_kv_heads), 1)
         out_THD = attention.attend(
             self._layer, q_THD, k_TGD, v_TGD, scale=self._scale, sliding_window=self._window
         )
-        return out_THD.reshape(len(out_THD), self._num_heads * self._head_dim)
+        return out_THD.flatten(1)
 
     def _attend_projection(
         self, qkv_TND: Tensor, rotation: Rotation, attention: ProjectionAttention

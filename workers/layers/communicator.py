@@ -40,7 +40,7 @@ class Norm(Protocol):
 
 class NormBoundary:
     def __init__(self, build: Build, boundary: Boundary, norm: Norm) -> None:
-        self._plan = boundary
+        self._residual = boundary.residual
         self._norm = norm
         self._owed = build.group(boundary.owed) if boundary.owed else None
         self._source = boundary.collect.source
@@ -56,13 +56,18 @@ class NormBoundary:
         self, x: Activation, residual: Activation | None, split: RowSplit | None
     ) -> tuple[Activation, Activation]:
         """(rows for the next half, residual stream). Without a residual stream, `x` begins it."""
-        x_TD = x.addend(self._source, self._owed)
+        x_TD, rows, owed = x
+        if rows is not self._source or owed is not self._owed:
+            x_TD = x.addend(self._source, self._owed)
         if self._collect is not None:
             x_TD = self._collect(x_TD, split)
         if residual is None:
             stream_TD, normal_TD = x_TD, self._norm.forward(x_TD)
+            residual = Activation(stream_TD, self._stream)
         else:
-            stream_TD = residual.final(self._plan.residual)
+            stream_TD, at, _ = residual
+            if at is not self._residual:
+                stream_TD = residual.final(self._residual)
             if self._cut_residual is not None:
                 stream_TD = self._cut_residual(stream_TD, split)
             if self._widen is None:
@@ -72,7 +77,9 @@ class NormBoundary:
                 normal_TD = self._norm.forward(stream_TD)
         if self._spread is not None:
             normal_TD = self._spread(normal_TD, split)
-        return Activation(normal_TD, self._target), Activation(stream_TD, self._stream)
+        if stream_TD is not residual.tensor:
+            residual = Activation(stream_TD, self._stream)
+        return Activation(normal_TD, self._target), residual
 
 
 def _mover(move: Move, build: Build) -> Mover | None:

@@ -100,7 +100,7 @@ class RowParallelLinear:
         self._owed = self.group if self.group.size > 1 else None
         self._name = name
         self._take = even_share(num_in, self.group, name)
-        self._num_in = num_in
+        self._num_in, self._num_out = num_in, num_out
         self.weight_ND = build.empty(num_out, num_in // self.group.size)
         self.bias_N = build.empty(num_out) if bias else None
         self._added_N = self.bias_N if self.group.rank == 0 else None
@@ -112,8 +112,9 @@ class RowParallelLinear:
         return self.place.group == "attn_tp"
 
     def forward(self, x_TD: Tensor) -> Activation:
-        shape = (x_TD.shape[0], self.weight_ND.shape[0])
-        place_TN = place_in_slot(self.group, shape, x_TD)
+        place_TN = None
+        if self._owed is not None:
+            place_TN = place_in_slot(self._owed, (x_TD.shape[0], self._num_out), x_TD)
         out_TN = linear(x_TD, self.weight_ND, self._added_N, out=place_TN)
         return Activation(out_TN, self.place.rows, self._owed)
 

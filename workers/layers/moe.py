@@ -26,6 +26,10 @@ from workers.model_config import MoeConfig
 from workers.weights import OneOf, Part, Source, everything
 
 
+MAX_WAITING = 64
+"""Steps whose choices wait to be counted together."""
+
+
 class ExpertNames(NamedTuple):
     """How a checkpoint calls a sparse layer's tensors; `{expert}` stands for the number."""
 
@@ -193,6 +197,7 @@ class ExpertLoad:
     def __init__(self, num_experts: int, device: torch.device) -> None:
         self._counts_E = torch.zeros(num_experts + 1, dtype=torch.int64, device=device)
         """The last counts choices of none."""
+        self._waiting: list[Tensor] = []
 
     def add(self, expert_TK: Tensor) -> None:
         if expert_TK.is_cuda:
@@ -200,10 +205,19 @@ class ExpertLoad:
 
             count_choices(expert_TK.contiguous(), self._counts_E)
             return
-        chosen_N = expert_TK.reshape(-1)
-        self._counts_E.index_add_(0, chosen_N, torch.ones_like(chosen_N))
+        self._waiting.append(expert_TK)
+        if len(self._waiting) == MAX_WAITING:
+            self._count_waiting()
+
+    def _count_waiting(self) -> None:
+        """Many at once: on a CPU every count would cost as much as an expert."""
+        if self._waiting:
+            chosen_N = torch.cat([each.reshape(-1) for each in self._waiting])
+            self._counts_E.index_add_(0, chosen_N, torch.ones_like(chosen_N))
+            self._waiting.clear()
 
     def read(self) -> Tensor:
+        self._count_waiting()
         return self._counts_E[:-1].clone()
 
 

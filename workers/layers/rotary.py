@@ -24,7 +24,8 @@ class Rotation(NamedTuple):
 
     def apply(self, x_THD: Tensor) -> Tensor:
         """Rotate all heads of every row."""
-        x_TH2C = x_THD.unflatten(-1, (2, -1))
+        num_rows, num_heads, dim = x_THD.shape
+        x_TH2C = x_THD.view(num_rows, num_heads, 2, dim // 2)
         out_TH2C = x_TH2C * self.cos_T11C
         return out_TH2C.addcmul_(x_TH2C.flip(2), self.sin_T12C).flatten(-2)
 
