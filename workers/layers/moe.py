@@ -25,7 +25,6 @@ from workers.layers.fast import linear, silu_and_multiply
 from workers.model_config import MoeConfig
 from workers.weights import OneOf, Part, Source, everything
 
-
 MAX_WAITING = 64
 """Steps whose choices wait to be counted together."""
 

@@ -1,0 +1,81 @@
+"""What a step's header says of the replicas' rows: the driver pads, and nobody asks."""
+
+import pytest
+
+from deployments.domain import Domain
+from deployments.requests import Request
+from deployments.scheduler import Scheduler
+from parallel.layout import Layout
+from workers.protocol import Mode, Padding, decode_header
+
+pytestmark = pytest.mark.row("S10")
+
+
+def domain(num_replicas=4, row_multiple=1, shares_rows=True):
+    schedulers = [
+        Scheduler(num_pages=64, page_size=4, max_num_seqs=8, max_num_batched_tokens=64)
+        for _ in range(num_replicas)
+    ]
+    layout = Layout(tp_size=8, dp_size=num_replicas, enable_dp_attention=True)
+    return Domain(
+        layout,
+        0,
+        schedulers,
+        epoch=1,
+        depth=99,
+        row_multiple=row_multiple,
+        shares_rows=shares_rows,
+    )
+
+
+def add(one, replica, length, max_tokens=8):
+    number = sum(len(s.waiting) for s in one.schedulers)
+    request = Request(
+        key=(b"a", number),
+        tokens=[5] * length,
+        num_prompt=length,
+        max_tokens=max_tokens,
+        arrival=number,
+    )
+    one.schedulers[replica].add(request)
+
+
+def headers(one, count):
+    return [decode_header(one.next_step().header) for _ in range(count)]
+
+
+def test_prompts_stay_uneven_and_decodes_are_padded_to_the_longest():
+    one = domain()
+    for replica, length in ((0, 3), (1, 5), (1, 2), (2, 1)):
+        add(one, replica, length)
+    prompts, decodes = headers(one, 2)
+    assert (prompts.mode, prompts.padding) == (Mode.EXTEND, Padding.SUM_LEN)
+    assert prompts.num_rows == prompts.padded_rows == (3, 7, 1, 0)
+    assert (decodes.mode, decodes.padding) == (Mode.DECODE, Padding.MAX_LEN)
+    assert (decodes.num_rows, decodes.padded_rows) == ((1, 2, 1, 0), (2, 2, 2, 2))
+
+
+def test_few_decodes_among_many_replicas_are_not_padded():
+    one = domain()
+    for _ in range(3):
+        add(one, 2, 1)
+    _, decodes = headers(one, 2)
+    assert (decodes.padding, decodes.padded_rows) == (Padding.SUM_LEN, (0, 0, 3, 0))
+
+
+def test_rows_are_rounded_up_only_where_the_plan_wants_it():
+    one = domain(num_replicas=2, row_multiple=4)
+    add(one, 0, 5)
+    add(one, 1, 2)
+    prompts, decodes = headers(one, 2)
+    assert prompts.padded_rows == (8, 4)
+    assert decodes.padded_rows == (4, 4)
+
+
+def test_replicas_that_share_nothing_are_never_padded_to_each_other():
+    one = domain(shares_rows=False)
+    add(one, 0, 5)
+    add(one, 3, 1)
+    for header in headers(one, 2):
+        assert header.padding == Padding.NONE
+        assert header.padded_rows == header.num_rows
