@@ -39,15 +39,19 @@ from deployments.messages import (
     Cancel,
     DriverBeat,
     EngineInfo,
+    EngineView,
     Finish,
     FromIngress,
     Grammar,
     Refused,
     RequestFailed,
     Submit,
+    ToIngress,
     Tokens,
+    Watch,
     decode_to_ingress,
 )
+from deployments.watching import EngineWatch
 from workers.protocol import MAX_MESSAGE_BYTES, Sampling, TokenLogprobs, encode, pack
 
 logger = logging.getLogger("lockstep.driver_client")
@@ -240,6 +244,8 @@ class DriverClient:
         """What the driver serves; `None` until it has been found once."""
         self.counts = RequestCounts()
         """What became of the generations asked for here; the beats carry it."""
+        self.watch = EngineWatch()
+        """For the live page."""
         self.num_dropped = 0
         """Messages and tokens that were not this epoch's, not next or not readable."""
 
@@ -273,6 +279,11 @@ class DriverClient:
     @property
     def num_live(self) -> int:
         return len(self._generations)
+
+    def ask_for_views(self) -> None:
+        """The driver sends views for some seconds from now; each tick asks again if need be."""
+        if not self._outbox:
+            self._send(Watch(self.watch.last_sample))
 
     def generate(self, specs: Sequence[GenerateSpec], *, began: float | None = None) -> Generations:
         """Start one generation for each spec; call it inside the event loop.
@@ -337,6 +348,7 @@ class DriverClient:
     def _connect(self, info: EngineInfo) -> None:
         """A fresh socket with a fresh identity: nothing of an older line can arrive on it."""
         self._disconnect()
+        self.watch.forget()
         self.info = info
         socket = self._context.socket(zmq.DEALER)
         identity = f"{self._name}-{secrets.token_hex(6)}"
@@ -380,6 +392,8 @@ class DriverClient:
                 self._look_for_driver()
             else:
                 self._send_beat()
+                if self.watch.num_streams:
+                    self.ask_for_views()
         self._submit_all()
         self._end_overdue()
 
@@ -479,7 +493,7 @@ class DriverClient:
             self._on_message(message)
         self._flush()
 
-    def _on_message(self, message: Tokens | Refused | DriverBeat) -> None:
+    def _on_message(self, message: ToIngress) -> None:
         match message:
             case Tokens():
                 self._on_tokens(message)
@@ -489,6 +503,8 @@ class DriverClient:
                 self._on_refused(message)
             case RequestFailed():
                 self._on_failed(message)
+            case EngineView():
+                self.watch.on_view(message)
 
     def _on_beat(self, beat: DriverBeat) -> None:
         self._last_beat = self._now()

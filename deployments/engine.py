@@ -34,6 +34,7 @@ from deployments.messages import (
     Cancel,
     DriverBeat,
     EngineInfo,
+    EngineView,
     Finish,
     FromIngress,
     Grammar,
@@ -43,12 +44,14 @@ from deployments.messages import (
     Submit,
     ToIngress,
     Tokens,
+    Watch,
 )
 from deployments.pages import page_names
 from deployments.requests import GRAMMAR_ERROR, NUMERICAL_ERROR, Request
 from deployments.requests import Finish as FinishReason
 from deployments.scheduler import RequestTooLarge, Scheduler, route
 from deployments.sockets import CurveKeys, Gate, IpcFolder, bind_router
+from deployments.viewpoint import Viewpoint
 from deployments.worker_link import LinkFull, WorkerLink
 from workers import bundled
 from workers.architectures import plan_of
@@ -105,6 +108,7 @@ class Engine:
         self.counters = Counters.of(config.layout)
         self.accounts = Accounts()
         """What the ingresses count."""
+        self._viewpoint = Viewpoint(config, self.counters)
         self._on_progress = on_progress
         self._runner = runner
         self._context = zmq.Context()
@@ -262,6 +266,7 @@ class Engine:
         if now >= self._next_beat:
             self._next_beat = now + self.config.beat_ms / 1000
             self._tell_all()
+            self._tell_viewers(now)
             self._drop_silent_ingresses(now)
         self.counters.turns.observe(time.monotonic() - now)
 
@@ -413,6 +418,8 @@ class Engine:
                 self._end(ingress.identity, message.request, FinishReason.STOP)
             case IngressBeat():
                 self.accounts.heard(ingress.identity, message)
+            case Watch():
+                self._viewpoint.watch(ingress.identity, message.since, time.monotonic())
 
     def _on_submit(self, ingress: Ingress, submit: Submit) -> None:
         gang = self._gang
@@ -606,6 +613,8 @@ class Engine:
         """Hand each ingress what this step gave its requests, in one message."""
         counters = self.counters
         counters.step_done(step)
+        if self._viewpoint.is_watched:
+            self._viewpoint.on_step(step)
         outbox: dict[bytes, Tokens] = {}
         epoch = self._epoch
         for accepted in step.accepted:
@@ -686,3 +695,21 @@ class Engine:
         beat = self._beat()
         for identity in list(self._ingresses.ingresses):
             self._send(identity, beat)
+
+    def _tell_viewers(self, now: float) -> None:
+        """Keep the history of the live page, and show it to those who look."""
+        viewpoint = self._viewpoint
+        schedulers = self._schedulers()
+        heard = {key: one.counters.ttft for key, one in self._ingresses.ingresses.items()}
+        viewpoint.sample(now, schedulers, heard)
+        if viewpoint.watchers(now):
+            health = self.health()
+            state = viewpoint.state(
+                schedulers,
+                self.ranks(),
+                epoch=health.epoch,
+                reason=health.reason,
+                num_preemptions=self.num_preemptions,
+            )
+            for identity, samples in viewpoint.due():
+                self._send(identity, EngineView(state, samples))

@@ -26,6 +26,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 import workers.bundled
+from deployments import page
 from deployments.config import ServiceConfig
 from deployments.counting import Outcome
 from deployments.driver_client import DriverClient, Generations
@@ -51,6 +52,7 @@ from deployments.openai_api import (
 )
 from deployments.schemas import MAX_BODY_BYTES, Model, ModelList, parse_chat, parse_completion
 from deployments.tokenizer import ChatTokenizer
+from deployments.watching import Look
 
 log = logging.getLogger("lockstep.ingress")
 request_log = logging.getLogger(REQUESTS)
@@ -59,12 +61,19 @@ BODY_TIMEOUT_S = 30.0
 LONG_BODY_BYTES = 16 * 2**10
 """Longer ones are planned in a thread: tokenizing them would hold up every stream."""
 
+LOOK_S = 15.0
+"""How long one stream for the live page lasts: a service that is told to stop waits for those who
+look no longer than that. The page asks again at once."""
+AWAY_S = 2.0
+"""Without a view for so long, the driver is away."""
+
 SECURITY_HEADERS = (
     (b"x-content-type-options", b"nosniff"),
     (b"cache-control", b"no-store"),
-    (b"content-security-policy", b"default-src 'none'"),
     (b"referrer-policy", b"no-referrer"),
 )
+NOTHING_RUNS = b"default-src 'none'"
+"""Content-Security-Policy of all that is not the page."""
 
 Message = MutableMapping[str, Any]
 Scope = MutableMapping[str, Any]
@@ -157,6 +166,7 @@ class Exchange:
         self.method: str = scope["method"]
         root = scope.get("root_path", "")
         self.path: str = scope["path"].removeprefix(root) or "/"
+        self.query: bytes = scope.get("query_string", b"")
         self.headers = {key.decode("latin-1"): value for key, value in scope["headers"]}
         self.begun = False
         self.status = 0
@@ -165,6 +175,7 @@ class Exchange:
         self._receive = receive
         self._send = send
         self._ended = False
+        self._policy = NOTHING_RUNS
         self._extra_headers = self._identity(names_itself)
 
     def header(self, name: str) -> str:
@@ -212,6 +223,12 @@ class Exchange:
         await self._start(status, (b"content-type", b"application/json"), length, *headers)
         await self.write(b"" if self.method == "HEAD" else body, more=False)
 
+    async def show(self, shown: page.Page) -> None:
+        self._policy = shown.policy
+        length = (b"content-length", str(len(shown.html)).encode())
+        await self._start(200, (b"content-type", b"text/html; charset=utf-8"), length)
+        await self.write(b"" if self.method == "HEAD" else shown.html, more=False)
+
     async def begin_events(self) -> None:
         # NOTE: a proxy that buffers would turn the stream into one late answer.
         await self._start(
@@ -235,7 +252,8 @@ class Exchange:
     async def _start(self, status: int, *headers: tuple[bytes, bytes]) -> None:
         self.begun = True
         self.status = status
-        every = [*headers, *SECURITY_HEADERS, *self._extra_headers]
+        policy = (b"content-security-policy", self._policy)
+        every = [*headers, *SECURITY_HEADERS, policy, *self._extra_headers]
         await self._send({"type": "http.response.start", "status": status, "headers": every})
 
     def _identity(self, names_itself: bool) -> list[tuple[bytes, bytes]]:
@@ -280,6 +298,31 @@ async def _readyz(service: Service, exchange: Exchange, tenant: str) -> None:
     if not service.client.ready:
         raise EngineUnavailable
     await exchange.answer(200, b'{"status":"ready"}')
+
+
+async def _page(service: Service, exchange: Exchange, tenant: str) -> None:
+    await exchange.show(page.load())
+
+
+async def _engine(service: Service, exchange: Exchange, tenant: str) -> None:
+    """How the engine is, as events; `?after=` names the last sample that the page has."""
+    client, watch = service.client, service.client.watch
+    found = re.fullmatch(rb"after=(\d{1,12})", exchange.query)
+    sent = int(found[1]) if found else -1
+    ends = time.monotonic() + LOOK_S
+    gone = asyncio.create_task(exchange.until_gone())
+    try:
+        with watch.watching():
+            client.ask_for_views()
+            await exchange.begin_events()
+            while not gone.done() and time.monotonic() < ends and exchange.method == "GET":
+                state = await watch.next(AWAY_S)
+                look = Look(service.model, state, watch.samples_after(sent))
+                sent = watch.last_sample
+                await exchange.write(_event(encode_json(look)), more=True)
+            await exchange.write(b"", more=False)
+    finally:
+        gone.cancel()
 
 
 def _model(service: Service) -> Model:
@@ -404,10 +447,16 @@ async def _stream(exchange: Exchange, plan: Plan, answer: Answer, generations: G
 
 MODEL_PREFIX = "/v1/models/"
 
-OPEN_ROUTES: Mapping[str, Handler] = {"/livez": _livez, "/readyz": _readyz, "/health": _readyz}
-"""Probes: they need no API key."""
+OPEN_ROUTES: Mapping[str, Handler] = {
+    "/": _page,
+    "/livez": _livez,
+    "/readyz": _readyz,
+    "/health": _readyz,
+}
+"""Probes, and the page, which holds no data: they need no API key."""
 
 ROUTES: Mapping[str, tuple[str, Handler]] = {
+    "/api/engine": ("GET", _engine),
     "/v1/models": ("GET", _models),
     "/v1/completions": ("POST", _completions),
     "/v1/chat/completions": ("POST", _chat_completions),
@@ -415,11 +464,11 @@ ROUTES: Mapping[str, tuple[str, Handler]] = {
 
 
 def _route(service: Service, exchange: Exchange) -> tuple[Handler, str]:
-    """The handler of an exchange and its tenant; every route but the probes needs a key."""
-    probe = OPEN_ROUTES.get(exchange.path)
-    if probe is not None:
+    """The handler of an exchange and its tenant; only open routes need no key."""
+    open_to_all = OPEN_ROUTES.get(exchange.path)
+    if open_to_all is not None:
         _check_method(exchange.method, "GET")
-        return probe, ""
+        return open_to_all, ""
     tenant = service.keys.tenant(exchange.header("authorization"))
     allowed, handler = ROUTES.get(exchange.path, ("", None))
     if exchange.path.startswith(MODEL_PREFIX):
@@ -459,7 +508,7 @@ async def _respond(service: Service, exchange: Exchange) -> None:
 
 
 def _log_end(exchange: Exchange, seconds: float) -> None:
-    """A line for each request but the probes' own."""
+    """A line for each request but those of open routes."""
     if exchange.path not in OPEN_ROUTES:
         known = {
             "request_id": exchange.request_id,

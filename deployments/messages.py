@@ -96,6 +96,13 @@ class IngressBeat(Message, frozen=True, tag="beat"):
         return self.received == ended + self.in_flight
 
 
+class Watch(Message, frozen=True, tag="watch"):
+    """Somebody looks at the live page: send an `EngineView` with every beat of the next seconds."""
+
+    since: Annotated[int, Meta(ge=-1)] = -1
+    """Number of the last `Sample` that this ingress has, -1 for none."""
+
+
 class Tokens(Message, frozen=True, tag="tokens"):
     """What a step gave this ingress's requests. The three lists are parallel."""
 
@@ -145,8 +152,90 @@ class DriverBeat(Message, frozen=True, tag="beat"):
     num_running: Natural = 0
 
 
-FromIngress = Submit | Cancel | Finish | IngressBeat
-ToIngress = Tokens | Refused | RequestFailed | DriverBeat
+class Sample(Message, frozen=True):
+    """What a second of the engine's life was like; all ingresses together."""
+
+    number: Natural
+    """Counts up by one from 0."""
+    seconds: float
+    """How long it was."""
+    num_steps: Natural
+    num_output_tokens: Natural
+    num_prompt_tokens: Natural
+    num_first_tokens: Natural
+    mean_ttft_s: float
+    """0 without first tokens, like the next."""
+    p95_ttft_s: float
+    """Estimated from a histogram's buckets."""
+    num_running: Natural
+    num_waiting: Natural
+
+
+class StepState(Message, frozen=True):
+    """A step that all ranks of a domain agreed on; the two lists are by replica."""
+
+    domain: Natural
+    number: Natural
+    num_rows: tuple[int, ...]
+    padded_rows: tuple[int, ...]
+    seconds: float
+    """Of its slowest rank."""
+
+
+class RankState(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    rank: int
+    device: str
+    """`cpu` or the GPU's UUID; empty before the rank has said Hello."""
+    step: int = -1
+    """The last one all ranks of its domain agreed on; -1 for none that was seen."""
+    seconds: float = 0.0
+
+
+class ReplicaState(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    domain: int
+    replica: int
+    ranks: tuple[int, ...]
+    num_running: int = 0
+    num_waiting: int = 0
+    num_pages: int = 0
+    num_free_pages: int = 0
+    num_cached_pages: int = 0
+    """Of the free ones, those that a prompt may still find."""
+
+
+class EngineState(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the live page shows: counts and times, never what anybody asked or was told."""
+
+    epoch: int
+    ready: bool
+    reason: str
+    """Why it is not ready."""
+    num_recoveries: int
+    last_recovery_s: float
+    last_failure: str
+    """Why the last epoch was lost; empty if none was."""
+    num_steps: int
+    num_output_tokens: int
+    num_preemptions: int
+    replicas: tuple[ReplicaState, ...]
+    ranks: tuple[RankState, ...]
+    steps: tuple[StepState, ...]
+    """The latest ones since the last view."""
+    enable_symm_mem: bool
+    collectives: tuple[tuple[str, str, str, str, int], ...]
+    """(group, op, path, reason, how many since the start)."""
+
+
+class EngineView(Message, frozen=True, tag="view"):
+    """How the engine is, for ingresses that somebody looks through."""
+
+    state: EngineState
+    samples: tuple[Sample, ...] = ()
+    """Those that this ingress does not have, oldest first."""
+
+
+FromIngress = Submit | Cancel | Finish | IngressBeat | Watch
+ToIngress = Tokens | Refused | RequestFailed | DriverBeat | EngineView
 
 decode_from_ingress = msgspec.msgpack.Decoder(FromIngress).decode
 decode_to_ingress = msgspec.msgpack.Decoder(ToIngress).decode

@@ -310,7 +310,7 @@ def test_what_is_not_a_json_post(front, path):
 
 
 @pytest.mark.parametrize(
-    "path", ["/", "/v1", "/v1/completions/", "/metrics", "/docs", "/openapi.json"]
+    "path", ["/index.html", "/v1", "/v1/completions/", "/metrics", "/docs", "/openapi.json"]
 )
 def test_there_are_no_other_routes(front, path):
     check_error(front.http.get(path), 404, code="unknown_url")
