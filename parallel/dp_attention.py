@@ -32,6 +32,7 @@ from parallel.collectives import (
 )
 from parallel.groups import Group
 from parallel.plan import Rows
+from parallel.symmetric import get_global_dp_buffer, get_local_dp_buffer
 
 
 class UnreducedError(RuntimeError):
@@ -161,6 +162,11 @@ def _lengthened(x_TD: Tensor, length: int) -> Tensor:
     return torch.cat([x_TD, x_TD.new_zeros(missing, *x_TD.shape[1:])])
 
 
+def _times(group: Group, x_TD: Tensor) -> tuple[int, ...]:
+    """The shape of all members' rows."""
+    return (group.size * x_TD.shape[0], *x_TD.shape[1:])
+
+
 def take_share(x_TD: Tensor, split: RowSplit) -> Tensor:
     """This rank's share of its replica's rows: no collective, no copy."""
     return x_TD[split.share]
@@ -168,8 +174,9 @@ def take_share(x_TD: Tensor, split: RowSplit) -> Tensor:
 
 def gather_replica(x_SD: Tensor, split: RowSplit, attn_tp: Group) -> Tensor:
     """All rows of this rank's replica, from its ranks' shares."""
-    gathered = all_gather_rows(_lengthened(x_SD, split.share_length), attn_tp)
-    return gathered[: split.num_rows]
+    x_SD = _lengthened(x_SD, split.share_length)
+    out = get_local_dp_buffer(attn_tp, _times(attn_tp, x_SD), x_SD)
+    return all_gather_rows(x_SD, attn_tp, out=out)[: split.num_rows]
 
 
 def sum_to_shares(x_TD: Tensor, split: RowSplit, attn_tp: Group) -> Tensor:
@@ -180,10 +187,11 @@ def sum_to_shares(x_TD: Tensor, split: RowSplit, attn_tp: Group) -> Tensor:
 
 def gather_all(x_SD: Tensor, split: RowSplit, tp: Group) -> Tensor:
     """All rows of all replicas, from the shares of all ranks."""
-    if split.is_even:
-        return all_gather_rows(x_SD, tp)
-    if split.uses_slots:
-        return all_gather_rows(_lengthened(x_SD, split.longest), tp).index_select(0, split.slots)
+    if split.is_even or split.uses_slots:
+        x_SD = _lengthened(x_SD, split.longest)
+        out = get_global_dp_buffer(tp, _times(tp, x_SD), x_SD)
+        slots = all_gather_rows(x_SD, tp, out=out)
+        return slots if split.is_even else slots.index_select(0, split.slots)
     all_ND = x_SD.new_zeros(split.total, *x_SD.shape[1:])
     all_ND[split.share_in_all] = x_SD
     return all_reduce(all_ND, tp)
@@ -191,13 +199,14 @@ def gather_all(x_SD: Tensor, split: RowSplit, tp: Group) -> Tensor:
 
 def sum_to_share(x_ND: Tensor, split: RowSplit, tp: Group) -> Tensor:
     """This rank's share of all rows, summed over all ranks."""
-    if split.is_even:
-        return reduce_scatter_rows(x_ND, tp)
-    if split.uses_slots:
+    if not split.is_even and not split.uses_slots:
+        return all_reduce(x_ND, tp)[split.share_in_all]
+    slots = x_ND
+    if not split.is_even:
         slots = x_ND.new_zeros(tp.size * split.longest, *x_ND.shape[1:])
         slots.index_copy_(0, split.slots, x_ND)
-        return reduce_scatter_rows(slots, tp)[: split.num_share]
-    return all_reduce(x_ND, tp)[split.share_in_all]
+    out = get_local_dp_buffer(tp, (split.longest, *x_ND.shape[1:]), x_ND)
+    return reduce_scatter_rows(slots, tp, out=out)[: split.num_share]
 
 
 def gather_logit_rows(x_RD: Tensor, counts: tuple[int, ...], attn_dp: Group) -> Tensor:

@@ -67,6 +67,13 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation(
         "S2",
+        "row-parallel products in ordinary memory",
+        "parallel/symmetric.py",
+        "    return None if memory is None else memory.empty(shape, like)\n",
+        "    return None\n",
+    ),
+    Mutation(
+        "S2",
         "no gate",
         "parallel/symmetric.py",
         "    return not group.is_shared or group.arena.rows_are_even\n",
@@ -74,10 +81,24 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation(
         "S4",
+        "the rows of all replicas are asked for of another group",
+        "parallel/dp_attention.py",
+        "        out = get_global_dp_buffer(tp, _times(tp, x_SD), x_SD)\n",
+        "        out = get_local_dp_buffer(tp, _times(tp, x_SD), x_SD)\n",
+    ),
+    Mutation(
+        "S4",
         "memory of any group will do",
         "parallel/arena.py",
         "        return id(transport) in self._users[slot.name]\n",
         "        return True\n",
+    ),
+    Mutation(
+        "S1",
+        "an engine does not open its arena",
+        "workers/runner.py",
+        "    if config.enable_symm_mem:\n",
+        "    if False:\n",
     ),
     Mutation(
         "S5",
@@ -302,7 +323,8 @@ def mutate(tree: Path, mutation: Mutation) -> str:
 
 def run_row(tree: Path, row: str) -> int | None:
     """pytest's exit code for the tests of one row in `tree`; None if they are not done in time."""
-    files = [str(path.relative_to(tree)) for path in files_of(row, tree / "tests")]
+    found = sorted(files_of(row, tree / "tests"), key=lambda path: path.parent.name == "e2e")
+    files = [str(path.relative_to(tree)) for path in found]  # the slow ones last
     if not files:
         return NOTHING_RAN
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]

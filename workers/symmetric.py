@@ -6,11 +6,26 @@ same slots. Nothing here is called without `enable_symm_mem`.
 
 import torch
 
-from parallel.arena import ArenaPlan, ModelSizes, lay_out, logit_needs, model_needs
+from parallel.arena import (
+    ArenaPlan,
+    ModelSizes,
+    PrefersOrdinary,
+    lay_out,
+    logit_needs,
+    model_needs,
+)
 from parallel.groups import Groups
+from parallel.layout import GroupName
 from parallel.plan import Plan, Rows
 from workers.config import EngineConfig
 from workers.model_config import ModelConfig
+
+ORDINARY_FROM_TO: dict[tuple[str, int], tuple[tuple[int, int], ...]] = {
+    ("NVIDIA H200", 2): ((2**16, 2**21), (2**23, 2**62)),
+    ("NVIDIA H200", 4): ((2**18, 2**21), (2**23, 2**62)),
+}
+"""By GPU and ranks: sizes in bytes at which NCCL 2.28 sums quicker from ordinary memory (its ring)
+than from symmetric memory, in a graph, without multicast. Where nothing is measured, none."""
 
 LEAST_LOGIT_ROWS = 256
 """A prompt's log-probabilities are worked out for so many rows at once."""
@@ -35,7 +50,7 @@ def slots_of(
     )
     stages = [stage for stage in plan.stages() if stage.where != "logits"]
     collectives = dict.fromkeys(one for stage in stages for one in stage.collectives)
-    pairs = [(one.op, one.group) for one in collectives]
+    pairs: list[tuple[str, GroupName]] = [(one.op, one.group) for one in collectives]
     uneven = plan.is_scattered and plan.row_multiple < plan.layout.attn_tp_size
     needs = model_needs(plan.layout, sizes, pairs, has_uneven_shares=uneven)
     needs += logit_needs(plan.layout, sizes, spans_replicas=plan.head.rows is Rows.FULL)
@@ -57,4 +72,19 @@ def open_arena(
         device,
         is_strict=config.symm_mem_strict,
         time_limit_s=config.start_timeout_s / 4,
+        prefers_ordinary=prefers_ordinary(gpu_name(device)),
     )
+
+
+def prefers_ordinary(gpu: str) -> PrefersOrdinary:
+    """The measured choice on one kind of GPU."""
+
+    def prefers(num_ranks: int, num_bytes: int) -> bool:
+        ranges = ORDINARY_FROM_TO.get((gpu, num_ranks), ())
+        return any(low <= num_bytes < high for low, high in ranges)
+
+    return prefers
+
+
+def gpu_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else ""

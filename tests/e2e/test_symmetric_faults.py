@@ -54,10 +54,11 @@ def ask_with_fault(monkeypatch, fault, **settings):
             "foreign_slot", 2, SPLIT, r"ranks \[(2|3)\] took part in other collectives than",
             marks=pytest.mark.slow,
         ),
-        (
+        pytest.param(
             "shifted_slot", 1, {"tp_size": 2, "symm_mem_strict": True},
             r"rank 1 failed: SymmetryError: all_reduce over attn_tp \(0, 1\): its send tensor .* "
             r"begins 512 bytes inside slot embedded.attn_tp: elsewhere than on other ranks",
+            marks=pytest.mark.slow,
         ),
         ("shifted_slot", 1, {"tp_size": 2}, r"ranks \[1\] took part in other collectives than"),
         (
@@ -91,8 +92,13 @@ def test_strict_ranks_answer_without_a_fallback(settings):
     with LLM(**SETTINGS, **settings, symm_mem_strict=True) as llm:
         assert [one.text for one in llm.chat(QUESTIONS, GREEDY)] == RIGHT
         assert llm.engine.counters.num_recoveries == 0
+        counts = llm.engine.counters.collectives
+    paths = {(group, op, path) for group, op, path, _ in counts}
+    assert ("attn_tp", "all_reduce", "symmetric") in paths
+    assert not [labels for labels in counts if labels[2] == "fallback"]
 
 
+@pytest.mark.slow
 def test_more_than_the_cap_is_refused_at_start_with_both_numbers():
     with pytest.raises(RuntimeError, match=r"collectives need 0\.0\d GiB .*_prealloc_gb=0\.0001"):
         LLM(**SETTINGS, tp_size=2, symm_mem_prealloc_gb=0.0001)

@@ -14,7 +14,7 @@ from tests.workers.layers.tiny import CONFIG
 from tests.workers.test_exact import ACCEPTED, compiled, expected_by_length, steps_of
 from workers.architectures import layers_of, plan_of
 from workers.config import EngineConfig
-from workers.symmetric import arena_plan, slots_of
+from workers.symmetric import arena_plan, prefers_ordinary, slots_of
 
 MAX_ROWS = 24
 
@@ -106,6 +106,23 @@ def test_a_model_that_needs_more_than_the_cap_is_refused_at_start():
     sentence = r"collectives need 0\.\d\d GiB .* symm_mem_prealloc_gb=0\.01: raise it, or lower"
     with pytest.raises(ArenaTooSmall, match=sentence):
         arena_plan(config, CONFIG, plan_of(config), torch.bfloat16)
+
+
+def test_an_all_reduce_is_put_where_it_is_measured_to_be_quicker():
+    row = 4096 * 2
+    h200 = prefers_ordinary("NVIDIA H200")
+    assert [h200(2, rows * row) for rows in (1, 8, 64, 512, 2048)] == [
+        False,
+        True,
+        True,
+        False,
+        True,
+    ]
+    assert [h200(4, rows * row) for rows in (1, 8, 32, 128, 512, 2048)] == [
+        False, False, True, True, False, True
+    ]  # fmt: skip
+    assert not h200(8, row)
+    assert not prefers_ordinary("another")(2, row * 64)
 
 
 @pytest.mark.row("S1")
