@@ -120,6 +120,7 @@ class Domain:
             bucket=0,
             bodies=tuple(digest(body) for body in bodies),
             previous=self._previous,
+            num_prompt_rows=self._num_prompt_rows(plans),
         )
         header = encode(told)
         self._previous = digest(header)
@@ -137,6 +138,13 @@ class Domain:
         padded = pad_rows(num_rows, has_prompts=has_prompts, row_multiple=self._row_multiple)
         modes = {"max_len": Padding.MAX_LEN, "sum_len": Padding.SUM_LEN}
         return modes[padded.mode], padded.rows
+
+    def _num_prompt_rows(self, plans: Sequence[Plan]) -> tuple[int, ...]:
+        """For a head that spans replicas, which all ranks must come to equally often."""
+        if not self._shares_rows:
+            return ()
+        counts = tuple(plan.num_prompt_rows if plan.chunks else 0 for plan in plans)
+        return counts if any(counts) else ()
 
     def on_ack(self, ack: Ack) -> list[StepDone]:
         """The steps that this ack completes, in order."""

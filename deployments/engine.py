@@ -487,12 +487,6 @@ class Engine:
                 f"more than the model's {model.max_model_len}"
             )
             return Refused(number, 400, sentence, "max_tokens", "context_length_exceeded")
-        if request.sampling.num_prompt_logprobs >= 0 and gang.plan.head_spans_replicas:
-            sentence = (
-                "log-probabilities of the prompt are not offered where the head spans attention "
-                "replicas: the service must run with enable_dp_lm_head"
-            )
-            return Refused(number, 400, sentence, "prompt_logprobs")
         num_waiting = sum(len(scheduler.waiting) for scheduler in gang.schedulers)
         if num_waiting >= self.config.max_queued_requests:
             sentence = f"{num_waiting} requests are waiting already; try again later"

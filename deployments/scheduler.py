@@ -68,6 +68,15 @@ class Plan:
         return len(self.decodes) + sum(chunk.num_tokens for chunk in self.chunks)
 
     @property
+    def num_prompt_rows(self) -> int:
+        """Rows whose next prompt token's log-probability is wanted."""
+        return sum(
+            max(0, min(chunk.start + chunk.num_tokens, chunk.request.num_prompt - 1) - chunk.start)
+            for chunk in self.chunks
+            if chunk.request.sampling.num_prompt_logprobs >= 0
+        )
+
+    @property
     def sampled(self) -> list[Request]:
         """Whose token each logit row is, in row order."""
         return self.decodes + [chunk.request for chunk in self.chunks if chunk.samples]

@@ -78,6 +78,8 @@ class RowCounts(NamedTuple):
     padded: tuple[int, ...]
     """Rows as the model sees them; what is past the real ones is padding."""
     num_logit_rows: tuple[int, ...]
+    num_prompt_rows: tuple[int, ...] = ()
+    """Rows whose next prompt token's log-probability is wanted; empty if no replica has any."""
 
 
 class RowSplit:

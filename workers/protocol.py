@@ -40,7 +40,7 @@ import numpy as np
 from msgspec import Meta, Struct
 from numpy.typing import NDArray
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 """Raised whenever a struct changes; a worker of another version is refused at `Hello`."""
 
 MAX_MESSAGE_BYTES = 64 * 2**20
@@ -180,6 +180,8 @@ class Header(Message, frozen=True):
     """`digest` of every replica's body."""
     previous: bytes
     """`digest` of the header before; empty at an epoch's first step."""
+    num_prompt_rows: tuple[int, ...] = ()
+    """Rows of each replica whose prompt tokens' log-probabilities are wanted; empty for none."""
 
 
 class Start(Message, frozen=True, tag="start"):

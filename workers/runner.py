@@ -80,6 +80,14 @@ class StepResult(NamedTuple):
     """Logit rows whose logits have no finite highest; their ids mean nothing."""
 
 
+class _WantedPrompt(NamedTuple):
+    """The first `length` rows of a chunk are to tell their next tokens' log-probabilities."""
+
+    chunk: Chunk
+    num_top: int
+    length: int
+
+
 class _PendingPrompt(NamedTuple):
     slot: int
     first: int
@@ -192,7 +200,12 @@ class ModelRunner:
             bucket = 0 if body.num_masked else self._bucket(header, rows)
             if bucket:
                 return self._replay(rows, bucket)
-            counts = RowCounts(header.num_rows, header.padded_rows, header.num_logit_rows)
+            counts = RowCounts(
+                header.num_rows,
+                header.padded_rows,
+                header.num_logit_rows,
+                header.num_prompt_rows,
+            )
             return self._launch(rows, body.admits, counts, replica, body.num_masked)
 
     def mask(self, pending: PendingStep, mask: Mask) -> None:
@@ -280,7 +293,7 @@ class ModelRunner:
             )
         batch = self._batch(rows, counts, replica)
         hidden_TD = self._model.forward(batch)
-        prompts = [self._prompt_logprobs(chunk, hidden_TD) for chunk in rows.chunks]
+        prompts = self._prompt_logprobs(rows.chunks, hidden_TD, counts.num_prompt_rows)
         row_sums_T = hidden_TD.sum(dim=-1, dtype=torch.float32) if rows.chunks else None
         logits_RV = None
         if any(counts.num_logit_rows):
@@ -298,7 +311,7 @@ class ModelRunner:
             torch.empty(0),
             None if row_sums_T is None else self._fetch(row_sums_T),
             None,
-            [prompt for prompt in prompts if prompt is not None],
+            prompts,
             None,
             num_masked,
         )
@@ -338,21 +351,46 @@ class ModelRunner:
             counts=counts,
         )
 
-    def _prompt_logprobs(self, chunk: Chunk, hidden_TD: Tensor) -> _PendingPrompt | None:
+    def _prompt_logprobs(
+        self, chunks: tuple[Chunk, ...], hidden_TD: Tensor, num_by_replica: tuple[int, ...]
+    ) -> list[_PendingPrompt]:
+        """Log-probabilities of the prompts' tokens, some rows' logits at a time.
+
+        A head that spans replicas is needed by all of them as often as by the one with most rows,
+        so the header says how many each has.
+        """
+        wanted = [part for chunk in chunks if (part := self._wanted_of(chunk)) is not None]
+        pending = [_PendingPrompt(chunk.slot, chunk.start + 1, []) for chunk, _, _ in wanted]
+        blocks = _blocks([length for _, _, length in wanted])
+        num_blocks = max(len(blocks), -(-max(num_by_replica, default=0) // LOGIT_BLOCK_ROWS))
+        for number in range(num_blocks):
+            pieces = blocks[number] if number < len(blocks) else []
+            rows = [
+                hidden_TD[wanted[index].chunk.row + first :][:count]
+                for index, first, count in pieces
+            ]
+            done = number * LOGIT_BLOCK_ROWS
+            counts = tuple(min(max(n - done, 0), LOGIT_BLOCK_ROWS) for n in num_by_replica)
+            logits = self._model.logits(torch.cat([hidden_TD[:0], *rows]), counts or None)
+            at = 0
+            for index, first, count in pieces:
+                chunk, num_top, _ = wanted[index]
+                tokens = chunk.tokens[chunk.start + first + 1 :][:count]
+                block = token_logprobs(
+                    logits[at : at + count],
+                    self._upload(tokens.astype(np.int64)),
+                    list(range(count)),
+                    [num_top] * count,
+                )
+                pending[index].blocks.append(block.moved(self._fetch))
+                at += count
+        return pending
+
+    def _wanted_of(self, chunk: Chunk) -> _WantedPrompt | None:
         """Row p tells the prompt's token p + 1, so the first token has none."""
         num_top, num_prompt = self._sampler.prompt_logprobs_of(chunk.slot)
-        stop = min(chunk.stop, num_prompt - 1)
-        if num_top < 0 or stop <= chunk.start:
-            return None
-        blocks: list[PendingLogprobs] = []
-        for start in range(chunk.start, stop, LOGIT_BLOCK_ROWS):
-            count = min(LOGIT_BLOCK_ROWS, stop - start)
-            row = chunk.row + start - chunk.start
-            ids = self._upload(chunk.tokens[start + 1 : start + 1 + count].astype(np.int64))
-            logits = self._model.logits(hidden_TD[row : row + count])
-            block = token_logprobs(logits, ids, list(range(count)), [num_top] * count)
-            blocks.append(block.moved(self._fetch))
-        return _PendingPrompt(chunk.slot, chunk.start + 1, blocks)
+        length = min(chunk.stop, num_prompt - 1) - chunk.start
+        return _WantedPrompt(chunk, num_top, length) if num_top >= 0 and length > 0 else None
 
     def _finish(self, pending: PendingStep) -> StepResult:
         if pending.done is not None:
@@ -567,7 +605,7 @@ def _check_header(header: Header, rows: StepRows, replica: int) -> None:
         padded < real for padded, real in zip(header.padded_rows, header.num_rows, strict=False)
     ):
         raise ProtocolError(
-            f"step {header.step} pads {header.num_rows} rows to {header.padded_rows}, which are less"
+            f"step {header.step} pads {header.num_rows} rows to {header.padded_rows}, which is less"
         )
     counted = (rows.num_rows, rows.num_logit_rows)
     told = (header.num_rows[replica], header.num_logit_rows[replica])
@@ -590,6 +628,25 @@ def _check_mask(pending: PendingStep, mask: Mask, vocab_size: int) -> None:
             f"the mask of step {mask.step} has {len(mask.bits)} bytes for {len(rows)} of "
             f"{num_logit_rows} logit rows, and this rank counts {num_bytes}"
         )
+
+
+def _blocks(lengths: list[int]) -> list[list[tuple[int, int, int]]]:
+    """Parts of these lengths, one after another, cut into blocks of `LOGIT_BLOCK_ROWS`.
+
+    A block lists (part, first row in the part, rows).
+    """
+    blocks: list[list[tuple[int, int, int]]] = []
+    room = 0
+    for index, length in enumerate(lengths):
+        first = 0
+        while first < length:
+            if room == 0:
+                blocks.append([])
+                room = LOGIT_BLOCK_ROWS
+            count = min(room, length - first)
+            blocks[-1].append((index, first, count))
+            first, room = first + count, room - count
+    return blocks
 
 
 def _dummy_admit(slot: int, length: int, page_size: int) -> Admit:

@@ -128,7 +128,7 @@ class Decoder:
             rows = (batch.input_ids_T.shape[0],)
             counts = RowCounts(rows, rows, ())
         groups.arena.rows_are_even = len(set(counts.padded)) == 1
-        key = counts._replace(num_logit_rows=())
+        key = counts._replace(num_logit_rows=(), num_prompt_rows=())
         if self._last_split is None or self._last_split[0] != key:
             split = RowSplit(
                 rows=counts.padded,
