@@ -17,6 +17,7 @@ from parallel.arena import (
 from parallel.groups import Groups
 from parallel.layout import GroupName
 from parallel.plan import Plan, Rows
+from parallel.symmetric import nccl_version
 from workers.config import EngineConfig
 from workers.model_config import ModelConfig
 
@@ -26,6 +27,9 @@ ORDINARY_FROM_TO: dict[tuple[str, int], tuple[tuple[int, int], ...]] = {
 }
 """By GPU and ranks: sizes in bytes at which NCCL 2.28 sums quicker from ordinary memory (its ring)
 than from symmetric memory, in a graph, without multicast. Where nothing is measured, none."""
+
+FIRST_NCCL = (2, 27)
+"""The first NCCL with symmetric kernels."""
 
 LEAST_LOGIT_ROWS = 256
 """A prompt's log-probabilities are worked out for so many rows at once."""
@@ -66,6 +70,11 @@ def open_arena(
     dtype: torch.dtype,
 ) -> None:
     """Allocate and register; all ranks of the domain come here at the same point of their start."""
+    if device.type == "cuda" and nccl_version() < FIRST_NCCL:
+        raise ValueError(
+            f"enable_symm_mem needs NCCL {'.'.join(map(str, FIRST_NCCL))} or later and this torch "
+            f"has {'.'.join(map(str, nccl_version()))}: leave it off, or install a newer torch"
+        )
     groups.arena.open(
         arena_plan(config, model, plan, dtype),
         groups.by_name(),

@@ -86,7 +86,7 @@ def test_the_step_is_stopped_and_the_rank_named(monkeypatch, action, rank, setti
     assert seconds < 2.0, failure
 
 
-@pytest.mark.row("S2")
+@pytest.mark.row("S1", "S2")
 @pytest.mark.parametrize("settings", [{"tp_size": 2}, SPLIT], ids=["tp", "dp attention"])
 def test_strict_ranks_answer_without_a_fallback(settings):
     with LLM(**SETTINGS, **settings, symm_mem_strict=True) as llm:

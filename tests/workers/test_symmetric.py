@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from parallel.arena import ArenaTooSmall
+from parallel.groups import single_rank_groups
 from parallel.layout import Layout
 from parallel.plan import compile_plan
 from parallel.thread_world import run_thread_world
@@ -14,7 +15,7 @@ from tests.workers.layers.tiny import CONFIG
 from tests.workers.test_exact import ACCEPTED, compiled, expected_by_length, steps_of
 from workers.architectures import layers_of, plan_of
 from workers.config import EngineConfig
-from workers.symmetric import arena_plan, prefers_ordinary, slots_of
+from workers.symmetric import arena_plan, open_arena, prefers_ordinary, slots_of
 
 MAX_ROWS = 24
 
@@ -106,6 +107,15 @@ def test_a_model_that_needs_more_than_the_cap_is_refused_at_start():
     sentence = r"collectives need 0\.\d\d GiB .* symm_mem_prealloc_gb=0\.01: raise it, or lower"
     with pytest.raises(ArenaTooSmall, match=sentence):
         arena_plan(config, CONFIG, plan_of(config), torch.bfloat16)
+
+
+def test_an_nccl_without_symmetric_kernels_is_refused(monkeypatch):
+    monkeypatch.setattr("workers.symmetric.nccl_version", lambda: (2, 26))
+    config = EngineConfig(tp_size=2, enable_symm_mem=True)
+    with pytest.raises(ValueError, match=r"needs NCCL 2\.27 or later and this torch has 2\.26"):
+        open_arena(
+            config, CONFIG, plan_of(config), single_rank_groups(), torch.device("cuda"), torch.half
+        )
 
 
 def test_an_all_reduce_is_put_where_it_is_measured_to_be_quicker():
