@@ -7,12 +7,18 @@ Two figures. `plan_step` alone: microseconds a request. And the engine thread's 
 clock while a real `Engine` drives two real rank processes whose model computes nothing.
 """
 
+import threading
 import time
 
+import zmq
+
+from deployments.engine import Engine
 from deployments.llm import LLM, SamplingParams
+from deployments.messages import IngressBeat, Watch
 from deployments.requests import Request
 from deployments.scheduler import Scheduler
 from tests.bench.results import record
+from workers.protocol import encode
 
 NUM_REQUESTS = 256
 COMMAND = "python -m tests.bench.bench_driver"
@@ -53,13 +59,29 @@ def bench_plan_step() -> None:
     record("driver", "apply, 256 decodes", "us/request", applies, COMMAND)
 
 
-def bench_engine_thread() -> None:
+def look_at(engine: Engine, over: threading.Event) -> None:
+    """What an ingress with an open live page does: ask for views, and read them."""
+    with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
+        socket.linger = 0
+        socket.connect(engine.info().ipc_address)
+        while not over.wait(0.25):
+            socket.send(encode(IngressBeat("viewer")))
+            socket.send(encode(Watch()))
+            while socket.poll(0):
+                socket.recv()
+
+
+def bench_engine_thread(*, watched: bool = False) -> None:
     with LLM(
         tp_size=2,
         device="cpu",
         max_num_seqs=NUM_REQUESTS,
         runner="tests.bench.instant_runner:InstantRunner",
     ) as llm:
+        over = threading.Event()
+        viewer = threading.Thread(target=look_at, args=(llm.engine, over))
+        if watched:
+            viewer.start()
         clock = time.pthread_getcpuclockid(llm.engine.thread_ident)
         per_step = []
         for length in [100, *[1000] * 5]:
@@ -71,9 +93,14 @@ def bench_engine_thread() -> None:
             )
             steps = llm.engine.counters.num_steps - steps
             per_step.append((time.clock_gettime(clock) - cpu) / steps * 1e6)
-    record("driver", "engine thread, 256 requests, tp 2", "us CPU/step", per_step[1:], COMMAND)
+        over.set()
+        if watched:
+            viewer.join()
+    case = "engine thread, 256 requests, tp 2" + (", live page open" if watched else "")
+    record("driver", case, "us CPU/step", per_step[1:], COMMAND)
 
 
 if __name__ == "__main__":
     bench_plan_step()
     bench_engine_thread()
+    bench_engine_thread(watched=True)
