@@ -18,6 +18,7 @@ from tests.workers.layers.tiny import CONFIG
 from tests.workers.reference import DenseAttention
 from workers.architectures import ARCHITECTURES, layers_of
 from workers.batch import ForwardBatch
+from workers.layers.attention import SelfAttention
 from workers.layers.linear import RowParallelLinear
 from workers.models import MODELS, build_model
 from workers.weights import dummy_weights
@@ -214,3 +215,29 @@ def test_architectures_say_whether_attention_gathers_inside():
         else:
             with pytest.raises(PlanError, match=f"{architecture} is none: leave it off"):
                 compile_plan(Layout(tp_size=2), settings, layers)
+
+
+@pytest.mark.row("S8")
+@pytest.mark.parametrize(("inside", "expected"), [(False, 4), (True, 1)])
+def test_a_lone_decode_is_one_row_to_attention_if_it_gathers_inside(inside, expected, monkeypatch):
+    layout = Layout(tp_size=4, ep_size=4, moe_dense_tp_size=1)
+    settings = PlanSettings(False, "torch", inside)
+    row_multiple = compile_plan(layout, settings, layers_of(FLOATS)).row_multiple
+    counts = RowCounts((1,), (row_multiple,), (1,))
+    seen: list[int] = []
+    forward = SelfAttention._attend
+
+    def spy(self, x_TD, *others):
+        seen.append(x_TD.shape[0])
+        return forward(self, x_TD, *others)
+
+    whole = alone(0, 1)
+    monkeypatch.setattr(SelfAttention, "_attend", spy)
+
+    def body(rank, groups):
+        model = model_with_pads(groups, settings, 0.0)
+        return model.logits(model.forward(batch(0, counts, 1, row_multiple))[:1])
+
+    for logits in run_thread_world(layout, body):
+        torch.testing.assert_close(logits, whole, atol=1e-5, rtol=1e-5)
+    assert set(seen) == {expected}
