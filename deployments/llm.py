@@ -195,10 +195,19 @@ class LLM:
             )
             for number, (prompt_ids, one) in enumerate(zip(ids, every, strict=True))
         }
+        for reader in readers.values():
+            self._check_fits(len(reader.answer.prompt_ids))
         for request, reader in readers.items():
             self._submit(request, reader)
         self._collect(dict(readers), use_tqdm)
         return [reader.answer for reader in readers.values()]
+
+    def _check_fits(self, num_prompt: int) -> None:
+        if not 0 < num_prompt < self.max_model_len:
+            raise ValueError(
+                f"a prompt of {num_prompt} tokens leaves nothing to generate of the model's "
+                f"{self.max_model_len}: prompts must have from 1 to {self.max_model_len - 1}"
+            )
 
     def _sampling(self, params: SamplingParams) -> Sampling:
         """Fixed once a request, so that a request sent again draws the same tokens."""
