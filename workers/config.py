@@ -23,10 +23,10 @@ from parallel.plan import PlanSettings
 
 
 class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Everything a driver and its workers agree on. The docstring under a field is its help text."""
+    """What a driver and its workers agree on. The docstring under a field is its help text."""
 
     model: str = ""
-    """Folder with config.json, tokenizer.json and safetensors files; empty serves the bundled model."""
+    """Folder with config.json, tokenizer.json and safetensors files; empty: the bundled model."""
     tp_size: int = 1
     """Ranks a replica's weights are split over."""
     dp_size: int = 1
@@ -82,7 +82,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     overlap: bool = True
     """Send the next step's plan before this step's tokens are back."""
     step_timeout_s: float = 60.0
-    """A step without all acks for so long is a hang: the late ranks are named and the gang restarts."""
+    """A step without all acks for so long is a hang: late ranks are named, all are started again."""
     start_timeout_s: float = 1800.0
     """Longest time from starting the ranks to their being ready."""
     max_restarts: int = 5

@@ -52,7 +52,7 @@ class DeviceTable:
             for change in changes
         ]
         both = np.stack([np.concatenate(places), np.concatenate([c.pages for c in changes])])
-        places_N, pages_N = upload(both).unbind()
+        places_N, pages_N = upload(both.astype(np.int64)).unbind()
         self.table_SN.view(-1).index_copy_(0, places_N, pages_N.int())
 
 

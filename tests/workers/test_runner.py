@@ -184,7 +184,7 @@ def test_a_header_that_counts_other_rows_is_refused():
         new_runner().launch(header(4, 1), body, 0)
     with pytest.raises(ProtocolError, match="this rank counts 3 and 1"):
         new_runner().launch(header(3, 0), body, 0)
-    with pytest.raises(ProtocolError, match="counts 1 replicas' rows .* and this is replica 1"):
+    with pytest.raises(ProtocolError, match=r"counts 1 replicas' rows .* and this is replica 1"):
         new_runner().launch(header(3, 1), body, 1)
 
 
