@@ -82,7 +82,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     overlap: bool = True
     """Send the next step's plan before this step's tokens are back."""
     step_timeout_s: float = 60.0
-    """A step without all acks for so long is a hang: late ranks are named, all are started again."""
+    """A step without all acks for so long is a hang: late ranks are named, all start again."""
     start_timeout_s: float = 1800.0
     """Longest time from starting the ranks to their being ready."""
     max_restarts: int = 5
