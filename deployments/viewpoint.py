@@ -194,8 +194,9 @@ class Viewpoint:
 
 
 def _line(sentence: str) -> str:
-    """The first line, if it is not too long."""
-    return sentence.partition("\n")[0][:MAX_REASON]
+    """The first line, and not all of a long one."""
+    line = sentence.partition("\n")[0]
+    return line if len(line) <= MAX_REASON else line[:MAX_REASON].rstrip() + "…"
 
 
 def _since(
