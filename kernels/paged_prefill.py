@@ -44,6 +44,58 @@ def cut_chunks(chunks: Iterable[tuple[int, int, int, int]]) -> NDArray[np.int64]
 
 
 @triton.jit
+def _attend_block(
+    at,
+    end,
+    q,
+    out,
+    total,
+    highest,
+    table,
+    keys_ptr,
+    values_ptr,
+    positions,
+    dims,
+    scale_log2,
+    window,
+    token_stride,
+    head_offset,
+    head_dim,
+    MASKED: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One block of tokens; without `MASKED` every row sees all of it."""
+    tokens = at + tl.arange(0, BLOCK)
+    exists = tokens < end
+    in_head = dims < head_dim
+    if MASKED:
+        pages = tl.load(table + tokens // PAGE, mask=exists, other=0).to(tl.int64)
+        inside = exists[:, None] & in_head[None, :]
+    else:
+        pages = tl.load(table + tokens // PAGE).to(tl.int64)
+        inside = in_head[None, :]
+    offsets = ((pages * PAGE + tokens % PAGE) * token_stride + head_offset)[:, None] + dims[None, :]
+    keys = tl.load(keys_ptr + offsets, mask=inside, other=0.0)
+    scores = tl.dot(q, tl.trans(keys), input_precision=PRECISION) * scale_log2
+    if MASKED:
+        seen = tokens[None, :] <= positions[:, None]
+        if window > 0:
+            seen = seen & (tokens[None, :] > positions[:, None] - window)
+        scores = tl.where(seen, scores, float("-inf"))
+    # NOTE: a row may see nothing in a block; its highest stays finite, so no NaN arises.
+    new_highest = tl.maximum(highest, tl.max(scores, axis=1))
+    weights = tl.exp2(scores - new_highest[:, None])
+    shrink = tl.exp2(highest - new_highest)
+    values = tl.load(values_ptr + offsets, mask=inside, other=0.0)
+    total = total * shrink + tl.sum(weights, axis=1)
+    out = out * shrink[:, None]
+    out = tl.dot(weights.to(values.dtype), values, out, input_precision=PRECISION)
+    return out, total, new_highest
+
+
+@triton.jit
 def _prefill_kernel(
     q_ptr,
     keys_ptr,
@@ -64,51 +116,42 @@ def _prefill_kernel(
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    block = tl.program_id(1)
+    block = tl.num_programs(1) - 1 - tl.program_id(1)  # a chunk's last rows take longest
     head = tl.program_id(0)
     first_row = tl.load(block_ptr + block * 4)
     num_rows = tl.load(block_ptr + block * 4 + 1).to(tl.int32)
     first_token = tl.load(block_ptr + block * 4 + 2).to(tl.int32)
     slot = tl.load(block_ptr + block * 4 + 3)
-    kv_head = head // (num_heads // num_kv_heads)
+    head_offset = head // (num_heads // num_kv_heads) * head_dim
     rows = tl.arange(0, ROWS)
     dims = tl.arange(0, DIM)
-    in_head = dims < head_dim
-    inside_q = (rows < num_rows)[:, None] & in_head[None, :]
+    inside_q = (rows < num_rows)[:, None] & (dims < head_dim)[None, :]
     q_offsets = ((first_row + rows) * num_heads + head)[:, None] * head_dim + dims[None, :]
     q = tl.load(q_ptr + q_offsets, mask=inside_q, other=0.0)
     positions = first_token + rows
     table = table_ptr + slot * table_stride
     token_stride = num_kv_heads * head_dim
+    end = first_token + num_rows
     start = 0
+    masked_from = (first_token + 1) // BLOCK * BLOCK
     if window > 0:
         start = tl.maximum(first_token + 1 - window, 0) // BLOCK * BLOCK
-    end = first_token + num_rows
+        masked_from = start
     highest = tl.full((ROWS,), -1.0e30, tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     out = tl.zeros((ROWS, DIM), tl.float32)
-    for at in tl.range(start, end, BLOCK, num_stages=STAGES):
-        tokens = at + tl.arange(0, BLOCK)
-        exists = tokens < end
-        pages = tl.load(table + tokens // PAGE, mask=exists, other=0).to(tl.int64)
-        kv_rows = (pages * PAGE + tokens % PAGE) * token_stride + kv_head * head_dim
-        offsets = kv_rows[:, None] + dims[None, :]
-        inside = exists[:, None] & in_head[None, :]
-        keys = tl.load(keys_ptr + offsets, mask=inside, other=0.0)
-        scores = tl.dot(q, tl.trans(keys), input_precision=PRECISION) * scale_log2
-        seen = tokens[None, :] <= positions[:, None]
-        if window > 0:
-            seen = seen & (tokens[None, :] > positions[:, None] - window)
-        scores = tl.where(seen, scores, float("-inf"))
-        # NOTE: a row may see nothing in a block; its highest stays finite, so no NaN arises.
-        new_highest = tl.maximum(highest, tl.max(scores, axis=1))
-        weights = tl.exp2(scores - new_highest[:, None])
-        shrink = tl.exp2(highest - new_highest)
-        values = tl.load(values_ptr + offsets, mask=inside, other=0.0)
-        total = total * shrink + tl.sum(weights, axis=1)
-        out = out * shrink[:, None]
-        out = tl.dot(weights.to(values.dtype), values, out, input_precision=PRECISION)
-        highest = new_highest
+    for at in tl.range(start, masked_from, BLOCK, num_stages=STAGES):
+        out, total, highest = _attend_block(
+            at, end, q, out, total, highest, table, keys_ptr, values_ptr, positions, dims,
+            scale_log2, window, token_stride, head_offset, head_dim,
+            MASKED=False, PAGE=PAGE, BLOCK=BLOCK, PRECISION=PRECISION,
+        )  # fmt: skip
+    for at in tl.range(masked_from, end, BLOCK, num_stages=STAGES):
+        out, total, highest = _attend_block(
+            at, end, q, out, total, highest, table, keys_ptr, values_ptr, positions, dims,
+            scale_log2, window, token_stride, head_offset, head_dim,
+            MASKED=True, PAGE=PAGE, BLOCK=BLOCK, PRECISION=PRECISION,
+        )  # fmt: skip
     out = out / tl.where(total == 0.0, 1.0, total)[:, None]
     tl.store(out_ptr + q_offsets, out, mask=inside_q)
 
@@ -124,8 +167,8 @@ def paged_prefill(
     page_size: int,
     scale: float,
     sliding_window: int | None,
-    num_stages: int = 2,
-    num_warps: int = 8,
+    num_stages: int = 3,
+    num_warps: int = 4,
 ) -> None:
     """Fill the rows of `out_THD` that `blocks_M4` names; the others are left alone."""
     _, num_heads, head_dim = q_THD.shape

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from kernels.decode_rows import Rows, close_rows, likeliest, likeliest_reference, open_rows
+from kernels.narrow_linear import Tiles, narrow_linear, narrow_linear_reference
 from kernels.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
 from kernels.rope_store import rope_store, rope_store_reference
 from kernels.silu_multiply import silu_multiply, silu_multiply_reference
@@ -132,3 +133,12 @@ def test_a_skinny_product_equals_its_reference(num_rows, num_in, num_out, gated,
     assert_near(out, skinny_linear_reference(x, weight, bias, gated=gated))
     out = skinny_linear(x, weight, gated=gated, tile=64)
     assert_near(out, skinny_linear_reference(x, weight, gated=gated))
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize(("num_rows", "num_in", "num_out"), [(3, 40, 20), (17, 200, 70)])
+def test_a_narrow_product_equals_its_reference(num_rows, num_in, num_out, splits, device):
+    x = numbers(num_rows, num_in, dtype=torch.float32, device=device)
+    weight = numbers(num_out, num_in, dtype=torch.float32, device=device, seed=1) / num_in**0.5
+    out = narrow_linear(x, weight, tiles=Tiles(64, 32, splits, 2, 4))
+    assert_near(out, narrow_linear_reference(x, weight))

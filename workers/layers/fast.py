@@ -17,11 +17,22 @@ def linear(
 
         if fits(x_TK):
             return skinny_linear(x_TK.contiguous(), weight_NK, bias_N, out=out)
+        if out is None and bias_N is None and x_TK.dtype != torch.float32:
+            return _narrow_or_wide(x_TK, weight_NK)
     if out is None:
         return functional.linear(x_TK, weight_NK, bias_N)
     if bias_N is None:
         return torch.mm(x_TK, weight_NK.t(), out=out)
     return torch.addmm(bias_N, x_TK, weight_NK.t(), out=out)
+
+
+def _narrow_or_wide(x_TK: Tensor, weight_NK: Tensor) -> Tensor:
+    from kernels.narrow_linear import choose_tiles, narrow_linear
+
+    tiles = choose_tiles(*x_TK.shape, weight_NK.shape[0]) if len(x_TK) else None
+    if tiles is None:
+        return functional.linear(x_TK, weight_NK)
+    return narrow_linear(x_TK.contiguous(), weight_NK, tiles=tiles)
 
 
 def gated_linear(x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
