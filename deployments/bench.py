@@ -7,7 +7,8 @@ greedy and ignore the end of sequence, so any weights will do: a preset name (`8
 model of that shape with random weights.
 
 What is timed is checked: every answer must have its length, and one prompt of a batch is run again
-alone, which must give the same ids, unless the two ids that differ are nearly equally likely.
+alone, which must give the same ids, unless the two ids that differ are nearly equally likely. If
+it does not, the case says so and the exit code is 1.
 """
 
 import json
@@ -22,8 +23,9 @@ from typing import Any
 from deployments.config import ServiceConfig
 from deployments.llm import LLM, Answer, SamplingParams
 
-NEAR_TIE = 0.1
-"""Log-probabilities less apart may change places with the shape of a batch in bfloat16."""
+NEAR_TIE = 0.3
+"""Log-probabilities less apart may change places: so much they differ in bfloat16 from one shape of
+a batch to another, over the layers of a large model."""
 
 QWEN3: dict[str, Any] = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -112,6 +114,8 @@ class Bench:
     def __init__(self, llm: LLM, workload: Workload) -> None:
         self._llm, self._workload = llm, workload
         self._random = random.Random(0)
+        self.num_wrong = 0
+        """Batches in which a prompt had another answer than alone."""
 
     def cases(self) -> Iterator[dict[str, Any]]:
         """Each case's name, value and what else is known of it."""
@@ -188,10 +192,8 @@ class Bench:
         top = dict(zip(again.logprobs[0].top_ids, again.logprobs[0].top_logprobs, strict=True))
         apart = abs(top.get(alone.ids[at], -99.0) - top.get(answer.ids[at], 99.0))
         if apart > NEAR_TIE:
-            raise WrongAnswer(
-                f"token {at} of an answer is {answer.ids[at]} in a batch and {alone.ids[at]} "
-                f"alone, whose log-probabilities are {apart:.3f} apart"
-            )
+            self.num_wrong += 1
+            return f"WRONG: other ids after {at} tokens, {apart:.3f} apart"
         return f"equal for {at} tokens, then a tie ({apart:.4f})"
 
 
@@ -215,9 +217,10 @@ def offline(
             about = {"engine": "lockstep", "model": name, "tp": llm.config.tp_size}
             startup_s = round(time.perf_counter() - began, 1)
             show(json.dumps(about | {"case": "startup_s", "value": startup_s}))
-            for case in Bench(llm, workload).cases():
+            bench = Bench(llm, workload)
+            for case in bench.cases():
                 show(json.dumps(about | case))
-    return 0
+    return 1 if bench.num_wrong else 0
 
 
 def _preset(name: str, folder: Path) -> dict[str, Any]:

@@ -41,7 +41,7 @@ class Rows(NamedTuple):
     """The slot of rows that nobody wants."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _open_kernel(
     slot_ptr,
     position_ptr,

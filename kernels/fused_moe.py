@@ -55,7 +55,7 @@ def choose_tiles(num_choices: int, num_experts: int) -> Tiles:
     return Tiles(128, 64, 128, 64, 8, 3)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_choices", "first"])
 def _list_kernel(
     expert_ptr,
     list_ptr,
@@ -92,7 +92,7 @@ def _tile_of(count_ptr, tile, num_experts, ROWS: tl.constexpr, EXPERTS: tl.const
     return expert, start * ROWS, tl.sum(tl.where(here, counts, 0), axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_choices"])
 def _gate_up_kernel(
     x_ptr,
     weight_ptr,
@@ -144,7 +144,7 @@ def _gate_up_kernel(
     tl.store(out_ptr + choices[:, None] * width + cols[None, :], out, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_choices"])
 def _down_kernel(
     x_ptr,
     weight_ptr,

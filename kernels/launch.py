@@ -4,6 +4,9 @@ Programmatic dependent launch (PDL) lets a kernel start while the one before it 
 kernel that takes part calls `begin` before it touches anything that an earlier kernel wrote or
 reads; what it may load before are weights, which nobody writes. On a Hopper GPU this hides most of
 a launch's 1 to 2 microseconds, in a CUDA graph too.
+
+Triton compiles a kernel anew for integers that are 1 or a multiple of 16. Those that change from
+step to step are named in `do_not_specialize`, or a request would wait for the compiler.
 """
 
 import torch

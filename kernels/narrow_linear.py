@@ -46,7 +46,7 @@ def choose_tiles(num_rows: int, num_in: int, num_out: int) -> Tiles | None:
     return Tiles(64, 128, min(8, 128 * 64 // num_out), 4, 4)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "part"])
 def _narrow_kernel(
     x_ptr,
     weight_ptr,
@@ -83,7 +83,7 @@ def _narrow_kernel(
     tl.store(out_ptr + place, tl.trans(total), mask=in_rows[:, None] & in_outs[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_numbers"])
 def _add_parts_kernel(
     part_ptr, out_ptr, num_numbers, SPLITS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
 ):

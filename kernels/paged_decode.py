@@ -61,7 +61,7 @@ def _part(position, window, num_splits, min_part, BLOCK: tl.constexpr):
     return first, tl.cdiv(length, BLOCK) * BLOCK, stop
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_splits", "min_part", "window"])
 def _decode_kernel(
     q_ptr,
     keys_ptr,
@@ -141,7 +141,7 @@ def _decode_kernel(
         tl.store(weight_ptr + parts, highest + tl.log2(total), mask=in_group)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_splits", "min_part", "window"])
 def _combine_kernel(
     partial_ptr,
     weight_ptr,

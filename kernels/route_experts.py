@@ -55,7 +55,7 @@ def _route_kernel(
     tl.store(expert_ptr + row * CHOSEN + places, chosen.to(tl.int64), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_choices"])
 def _count_kernel(expert_ptr, count_ptr, num_choices, BLOCK: tl.constexpr, PDL: tl.constexpr):
     choices = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = choices < num_choices

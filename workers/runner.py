@@ -54,6 +54,8 @@ CPU_CACHE_GB = 1.0
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 GRAPH_BYTES = 8 * 2**20
 """What each graph takes for its nodes."""
+WARM_UP_LENGTHS = (3, 100, 1000, 2000)
+"""Prompts that a GPU reads before it is ready: kernels are compiled for few and for many rows."""
 LOGIT_BLOCK_ROWS = 256
 """Rows of a prompt whose logits are held at once, when their log-probabilities are wanted."""
 
@@ -185,12 +187,22 @@ class ModelRunner:
             self._finish(self._run(Body()))
         self._cache.clear([0])
         self._renew(num_pages)
+        for length in WARM_UP_LENGTHS if self._use_kernels else ():
+            self._read_one_prompt(length, num_pages)
         if self._use_kernels:
             with torch.inference_mode():
                 self._graphs = self._new_graphs()
                 self._graphs.capture(lambda done, total: self._report("graphs", done, total))
         if self._device.type == "cuda":
             print(self._memory_table(num_pages), flush=True)
+
+    def _read_one_prompt(self, length: int, num_pages: int) -> None:
+        room = num_pages * self._config.page_size
+        if length <= min(self._config.max_num_batched_tokens, self.max_model_len, room):
+            admit = _dummy_admit(0, length, self._config.page_size)
+            body = Body(admits=(admit,), chunk_slots=pack([0]), chunk_lengths=pack([length]))
+            self._finish(self._run(body))
+            self._renew(num_pages)
 
     def launch(self, header: Header, body: Body, replica: int) -> PendingStep:
         """Queue a step. A body that this rank cannot obey is a `ProtocolError`."""
