@@ -27,6 +27,7 @@ from kernels.launch import begin, has_pdl, refuse_unless
 
 BLOCK_TOKENS = 64
 LOG2_E = 1.4426950408889634
+MAX_SPLITS = 128
 
 
 class Split(NamedTuple):
@@ -47,7 +48,7 @@ def choose_split(num_seqs: int, num_kv_heads: int, max_len: int, *, num_programs
     groups = num_seqs * num_kv_heads
     min_part = 64 if groups * 4 <= num_programs else 128 if groups * 2 <= num_programs else 256
     wanted = max(8, -(-num_programs // groups))
-    return Split(max(1, min(wanted, 128, -(-max_len // min_part))), min_part)
+    return Split(max(1, min(wanted, MAX_SPLITS, -(-max_len // min_part))), min_part)
 
 
 @triton.jit
@@ -220,7 +221,10 @@ def paged_decode(
     )
     tensors = (q_BHD, keys_XGD, values_XGD, table_SN, out_BHD)
     refuse_unless(all(each.is_contiguous() for each in tensors), "all tensors must be contiguous")
-    refuse_unless(split.min_part % block == 0, f"min_part must be a multiple of {block}")
+    refuse_unless(
+        split.min_part % block == 0 and 0 < split.num_splits <= MAX_SPLITS,
+        f"{split}: parts must be multiples of {block}, and at most {MAX_SPLITS}",
+    )
     if num_seqs == 0:
         return
     pdl = has_pdl(q_BHD)
@@ -269,7 +273,7 @@ def paged_decode(
         split.min_part,
         num_heads,
         head_dim,
-        SPLITS=triton.next_power_of_2(split.num_splits),
+        SPLITS=MAX_SPLITS,
         DIM=dim,
         BLOCK=block,
         AT_ONCE=16,

@@ -29,7 +29,8 @@ def linear(
 def _narrow_or_wide(x_TK: Tensor, weight_NK: Tensor) -> Tensor:
     from kernels.narrow_linear import choose_tiles, narrow_linear
 
-    tiles = choose_tiles(*x_TK.shape, weight_NK.shape[0]) if len(x_TK) else None
+    (num_rows, num_in), num_out = x_TK.shape, weight_NK.shape[0]
+    tiles = choose_tiles(num_rows, num_in, num_out) if num_rows else None
     if tiles is None:
         return functional.linear(x_TK, weight_NK)
     return narrow_linear(x_TK.contiguous(), weight_NK, tiles=tiles)
