@@ -280,6 +280,20 @@ def test_another_offset_on_one_rank_shows_in_the_ledger():
 
 
 @pytest.mark.row("S12")
+def test_offsets_that_are_wrong_on_all_ranks_are_compared_too():
+    def body(rank, groups):
+        groups.arena.place = lambda slot: slot.offset + 512 * (1 + rank * shift)
+        all_reduce(in_slot(groups.tp, ROW), groups.tp)
+        return groups.ledger.take()
+
+    digests = {}
+    for shift in (0, 1):
+        digests[shift] = run_with_arena(TWO, body, is_strict=False)
+    assert digests[0][0] == digests[0][1]
+    assert digests[1][0] != digests[1][1]
+
+
+@pytest.mark.row("S12")
 def test_a_graphs_collectives_are_recorded_at_capture_and_counted_at_replay():
     def body(rank, groups):
         all_reduce(in_slot(groups.tp, ROW), groups.tp)
