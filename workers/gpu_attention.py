@@ -51,7 +51,8 @@ class DeviceTable:
             np.arange(len(change.pages)) + (change.slot * width + change.first)
             for change in changes
         ]
-        both = np.stack([np.concatenate(places), np.concatenate([c.pages for c in changes])])
+        pages = np.concatenate([change.pages for change in changes])
+        both = np.stack([np.concatenate(places), pages]).astype(np.int64)
         places_N, pages_N = upload(both.astype(np.int64)).unbind()
         self.table_SN.view(-1).index_copy_(0, places_N, pages_N.int())
 

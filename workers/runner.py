@@ -189,12 +189,17 @@ class ModelRunner:
         self._renew(num_pages)
         for length in WARM_UP_LENGTHS if self._use_kernels else ():
             self._read_one_prompt(length, num_pages)
-        if self._use_kernels:
+        if self._can_capture:
             with torch.inference_mode():
                 self._graphs = self._new_graphs()
                 self._graphs.capture(lambda done, total: self._report("graphs", done, total))
         if self._device.type == "cuda":
             print(self._memory_table(num_pages), flush=True)
+
+    @property
+    def _can_capture(self) -> bool:
+        """Steps whose rows are padded for several replicas or ranks run eagerly."""
+        return self._use_kernels and self._num_replicas == 1 and self._row_multiple == 1
 
     def _read_one_prompt(self, length: int, num_pages: int) -> None:
         room = num_pages * self._config.page_size
@@ -574,7 +579,7 @@ class ModelRunner:
 
     def _measure_graphs(self) -> int:
         """What graphs take: the largest is measured, the others live in its memory."""
-        if not self._use_kernels:
+        if not self._can_capture:
             return 0
         torch.cuda.synchronize(self._device)
         torch.cuda.empty_cache()
