@@ -69,6 +69,10 @@ RESTART_WINDOW_S = 600.0
 it (Serve, Kubernetes) starts it on fresh ground."""
 
 
+DEATH_GRACE_S = 0.05
+"""How long a failure that a rank reports waits for the notice of another rank's death."""
+
+
 class EngineFailed(RuntimeError):
     """The engine could not start, or has given up; the message says why."""
 
@@ -360,6 +364,8 @@ class Engine:
         self._ready.clear()
         self._reason = str(failure)
         self._tell_all()
+        failure = self._who_died(failure)
+        self._reason = str(failure)
         self.counters.last_failure = str(failure)
         known = {"epoch": self._epoch, "rank": failure.rank}
         log.error("epoch %d is over: %s", self._epoch, failure, extra=known)
@@ -385,6 +391,18 @@ class Engine:
             if self._lost_at is None:
                 self._lost_at, self._loss_cause = now, failure.cause
             self._launch(now)
+
+    def _who_died(self, failure: GangFailed) -> GangFailed:
+        """A rank's complaint may overtake the death that it complains of: name the dead one."""
+        if failure.cause is not Cause.FAILED or self._launching is not None:
+            return failure
+        deadline = time.monotonic() + DEATH_GRACE_S
+        while time.monotonic() < deadline:
+            for death in self.fleet.deaths():
+                if death.rank != failure.rank:
+                    return GangFailed(death.sentence, death.rank, cause=Cause.DIED)
+            time.sleep(0.005)
+        return failure
 
     def _losses_within(self, now: float) -> int:
         while self._losses and now - self._losses[0] > RESTART_WINDOW_S:
