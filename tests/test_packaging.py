@@ -33,6 +33,15 @@ def test_the_driver_does_not_import_torch():
     assert done.stdout == "[]\n", done.stderr
 
 
+def test_a_cpu_needs_no_triton():
+    """CPU builds of torch come without it."""
+    line = "import sys; sys.modules['triton'] = None; import workers.runner, workers.worker"
+    done = subprocess.run(
+        [sys.executable, "-c", line], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_worker_proves_that_kernels_is_ours():
     refuse_foreign_kernels()
 
