@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from parallel.dp_attention import RowCounts
+from parallel.collectives import all_reduce
+from parallel.dp_attention import Activation, RowCounts, RowSplit
 from parallel.groups import build_groups, single_rank_groups
 from parallel.layout import Layout
 from parallel.padding import pad_rows
@@ -19,8 +20,11 @@ from tests.workers.reference import DenseAttention
 from workers.architectures import ARCHITECTURES, layers_of
 from workers.batch import ForwardBatch
 from workers.layers.attention import SelfAttention
+from workers.layers.build import Build
 from workers.layers.linear import RowParallelLinear
-from workers.models import MODELS, build_model
+from workers.layers.mlp import GatedMLP
+from workers.layers.moe import ExpertNames, FusedExpertNames, SoftmaxRouter, SparseMLP
+from workers.models import MODELS, build_model, layout_of
 from workers.weights import dummy_weights
 
 CPU = torch.device("cpu")
@@ -241,3 +245,61 @@ def test_a_lone_decode_is_one_row_to_attention_if_it_gathers_inside(inside, expe
     for logits in run_thread_world(layout, body):
         torch.testing.assert_close(logits, whole, atol=1e-5, rtol=1e-5)
     assert set(seen) == {expected}
+
+
+SHARED = [
+    (Layout(tp_size=4, ep_size=2), PlanSettings()),
+    (Layout(tp_size=4, dp_size=2, enable_dp_attention=True), PlanSettings()),
+    (
+        Layout(tp_size=4, dp_size=2, enable_dp_attention=True, ep_size=4),
+        PlanSettings(False, "torch"),
+    ),
+]
+
+
+@pytest.mark.row("S11")
+@pytest.mark.parametrize(("layout", "settings"), SHARED)
+def test_shared_experts_are_added_once_wherever_rows_are(layout, settings):
+    x_TD = torch.randn(8, FLOATS.hidden_size, generator=torch.Generator().manual_seed(0))
+    rows = (8 // layout.attn_dp_size,) * layout.attn_dp_size
+
+    def summed(groups, settings):
+        plan = compile_plan(layout_of(groups), settings, layers_of(FLOATS))
+        build = Build(FLOATS, groups, CPU, torch.float32, plan)
+        place = plan.mlps[1]
+        layer = SparseMLP(
+            build,
+            FLOATS.moe,
+            ExpertNames("r", "g{expert}", "u{expert}", "d{expert}"),
+            FusedExpertNames("r", "gu", "d"),
+            place=place,
+            router=SoftmaxRouter(2, normalise=True),
+            shared=GatedMLP(build, "shared", place=place, width=8),
+        )
+        dummy_weights(Weights(layer), seed=1)
+        split = RowSplit(
+            rows=rows if groups.tp.size > 1 else (8,),
+            num_real=rows if groups.tp.size > 1 else (8,),
+            attn_tp=groups.attn_tp.size,
+            replica=groups.attn_dp.rank,
+            place=groups.attn_tp.rank,
+        )
+        here = {Rows.FULL: slice(None), Rows.TP_ATTN_FULL: split.own}
+        mine = here.get(place.rows, split.share_in_all)
+        out = layer.forward(Activation(x_TD[mine], place.rows), split)
+        owed = out.owed
+        whole = out.tensor if owed is None else all_reduce(out.tensor.clone(), owed)
+        return mine, whole
+
+    _, expected = summed(single_rank_groups(), PlanSettings())
+    for mine, out in run_thread_world(layout, lambda rank, groups: summed(groups, settings)):
+        torch.testing.assert_close(out, expected[mine], atol=1e-5, rtol=1e-5)
+
+
+class Weights:
+    """A layer, for the filler of random weights."""
+
+    architecture, initializer_range, unused_weights = "test", 0.3, frozenset()
+
+    def __init__(self, layer) -> None:
+        self.sources = layer.sources
