@@ -5,11 +5,15 @@ Ten combinations that cover every pair of settings that matters run by default, 
 decodes meet in one step.
 """
 
+import asyncio
 import itertools
 
 import pytest
 
 from deployments.llm import LLM, SamplingParams
+from tests.e2e.conftest import deployed
+from tests.e2e.test_line import ask_all, questions
+from workers.bundled.questions import answer
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -25,12 +29,13 @@ QUESTIONS = (
 LIMITS = (4, 24, 6, 3, 12, 16, 8)
 """Few tokens for some, so that replicas fall idle while others go on."""
 
-DP2 = {"tp_size": 4, "dp_size": 2, "enable_dp_attention": True}
+REPLICAS = {"dp_size": 2, "enable_dp_attention": True}
+DP2 = {"tp_size": 4, **REPLICAS}
 DP4 = {"tp_size": 4, "dp_size": 4, "enable_dp_attention": True}
 A2A = {"moe_a2a_backend": "torch"}
 
 DEFAULT = [
-    {"tp_size": 2, "dp_size": 2, "enable_dp_attention": True},
+    {"tp_size": 2, **REPLICAS},
     {**DP2},
     {**DP2, "ep_size": 2, "enable_dp_lm_head": True, "moe_dense_tp_size": 2},
     {**DP2, **A2A, "ep_size": 4, "moe_dense_tp_size": 1},
@@ -93,6 +98,15 @@ def compare(settings, one_rank):
 @pytest.mark.parametrize("settings", DEFAULT, ids=name_of)
 def test_real_ranks_say_what_one_rank_says(settings, one_rank):
     compare(settings, one_rank)
+
+
+@pytest.mark.row("S10")
+def test_attention_replicas_serve_over_http(cluster):
+    asked = questions(24, seed=5)
+    with deployed(cluster, tp_size=2, max_num_seqs=4, **REPLICAS) as url:
+        answers = asyncio.run(ask_all(url, asked))
+    right = [answer(q) == text for q, text in zip(asked, answers, strict=True)]
+    assert sum(right) >= 0.9 * len(asked)
 
 
 @pytest.mark.slow
