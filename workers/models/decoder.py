@@ -94,13 +94,13 @@ class Decoder:
             config.rope, config.head_dim, config.max_position_embeddings, build.device, build.dtype
         )
         self._groups = groups
-        self._moves_rows = plan.is_scattered or plan.require_mlp_tp_gather
-        self._pads = self._moves_rows or groups.attn_dp.size > 1
+        self._shares_rows = plan.is_scattered or groups.attn_dp.size > 1
+        """Rows are moved between ranks, or padded; else nobody has to know whose they are."""
         self._last_split: tuple[RowCounts, RowSplit] | None = None
 
     def forward(self, batch: ForwardBatch) -> Tensor:
         """Hidden rows (T, D) behind the final norm."""
-        split = self._split(batch) if self._pads else None
+        split = self._split(batch) if self._shares_rows else None
         positions_T = batch.positions_T if split is None else batch.positions_T[: split.num_real]
         rotation = self._rotary.at(positions_T)
         x = Activation(self._embed.forward(batch.input_ids_T), Rows.TP_ATTN_FULL)
