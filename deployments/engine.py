@@ -628,16 +628,17 @@ class Engine:
         if self._viewpoint.is_watched:
             self._viewpoint.on_step(step)
         outbox: dict[bytes, Tokens] = {}
-        epoch = self._epoch
+        box = Tokens(self._epoch, [], [], [], [])
+        owner: bytes | None = None
         for accepted in step.accepted:
             for entry in accepted:
                 if entry is None:
                     continue
                 request, index, token = entry
                 identity, number = request.key
-                box = outbox.get(identity)
-                if box is None:
-                    box = outbox[identity] = Tokens(epoch, [], [], [], [], [], [], [])
+                if identity is not owner:  # neighbours mostly have one owner
+                    owner = identity
+                    box = outbox.setdefault(identity, Tokens(self._epoch, [], [], [], []))
                 box.requests.append(number)
                 box.indexes.append(index)
                 box.tokens.append(token)

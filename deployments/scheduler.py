@@ -260,15 +260,18 @@ class Scheduler:
             if request.finish is not None:
                 accepted.append(None)
                 continue
-            state = State.OPEN if request.matcher is None else request.matcher.accept(token)
-            if state is State.BROKEN:
-                self.fail(request, GRAMMAR_ERROR)
-                accepted.append(None)
-                continue
+            is_complete = False
+            if request.matcher is not None:
+                state = request.matcher.accept(token)
+                if state is State.BROKEN:
+                    self.fail(request, GRAMMAR_ERROR)
+                    accepted.append(None)
+                    continue
+                is_complete = state is State.COMPLETE
             index = len(request.tokens) - request.num_prompt
             request.tokens.append(token)
             accepted.append((request, index, token))
-            if state is State.COMPLETE or (
+            if is_complete or (
                 token in request.stop_token_ids and index + 1 >= request.sampling.min_tokens
             ):
                 self._finish(request, Finish.STOP)
