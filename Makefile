@@ -1,7 +1,10 @@
 # Everything starts with `make setup`: it makes .venv and installs what pyproject.toml names.
 # PYTHON chooses the interpreter (3.11 to 3.13).
 
-PYTHON ?= $(shell command -v python3.12 || command -v python3.11 || command -v python3)
+# The first that runs (a name may be a shim without an interpreter behind it) and fits.
+FITS := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+PYTHON ?= $(shell for python in python3 python3.12 python3.11 python3.13; do \
+	$$python -c '$(FITS)' 2>/dev/null && echo $$python && break; done)
 BIN := .venv/bin
 STAMP := .venv/.installed
 
@@ -10,7 +13,8 @@ STAMP := .venv/.installed
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml
-	@$(PYTHON) -c 'import sys; ok = (3, 11) <= sys.version_info[:2] <= (3, 13); ok or sys.exit(f"lockstep needs Python 3.11 to 3.13, and {sys.executable} is {sys.version.split()[0]}: run make PYTHON=python3.12")'
+	@test -n "$(PYTHON)" || { echo "lockstep needs Python 3.11 to 3.13 and found none: run make PYTHON=/path/to/python3.12"; exit 1; }
+	@$(PYTHON) -c '$(FITS)' || { echo "lockstep needs Python 3.11 to 3.13, and $(PYTHON) is another"; exit 1; }
 	@echo "lockstep: installing into .venv (PyTorch and Ray are large: about a minute on a fast line)"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check -q --progress-bar on -e '.[dev]'
