@@ -30,7 +30,10 @@ def test_every_case_is_one_json_line():
         "bs2_1k_tpot_ms",
         "offline3_out_tok_s",
     ]
-    assert all(case["engine"] == "lockstep" and case["value"] > 0 for case in cases[1:])
+    assert all(case["engine"] == "lockstep" for case in cases)
+    # The two in between are differences of short times here: on a busy machine they may be 0.
+    assert cases[0]["value"] > 0
+    assert cases[3]["value"] > 0
     assert cases[2]["check"] == "equal"
 
 
