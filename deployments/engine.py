@@ -393,13 +393,16 @@ class Engine:
             self._launch(now)
 
     def _who_died(self, failure: GangFailed) -> GangFailed:
-        """A rank's complaint may overtake the death that it complains of: name the dead one."""
+        """A rank's complaint may overtake the death that it complains of: name the dead one.
+
+        A rank that was killed, that is: one that ends by itself has complained too, or will.
+        """
         if failure.cause is not Cause.FAILED or self._launching is not None:
             return failure
         deadline = time.monotonic() + DEATH_GRACE_S
         while time.monotonic() < deadline:
             for death in self.fleet.deaths():
-                if death.rank != failure.rank:
+                if death.rank != failure.rank and "died: signal" in death.sentence:
                     return GangFailed(death.sentence, death.rank, cause=Cause.DIED)
             time.sleep(0.005)
         return failure
