@@ -207,6 +207,11 @@ class Gang:
                     raise self._late_step(domain, step)
 
     def _refuse_deadlock(self, domain: Domain, step: int, now: float) -> None:
+        # NOTE: what a rank said that is silent now is old: it may be stopped or dead, and its
+        # peers, who wait for it, must not be accused in its place. Its silence names it soon.
+        fresh = 2 * self.config.beat_ms / 1000
+        if any(now - self._last_heard.get(rank, 0.0) > fresh for rank in domain.ranks):
+            return
         found = self._waits.deadlock(domain.late_ranks(), domain.ranks, now)
         if found is not None:
             rank, sentence = found
