@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kernels.paged_attention import chunk_attention, decode_attention, decode_mask, store_kv
 from workers.batch import BatchState, Chunk, StepRows
-from workers.cache import KVCache
+from workers.cache import PagedCache
 
 
 class _Decodes(NamedTuple):
@@ -34,7 +34,7 @@ class _Decodes(NamedTuple):
 class PagedAttention:
     """Made once; `prepare` is called once a step, before the model's forward."""
 
-    def __init__(self, cache: KVCache, state: BatchState, device: torch.device) -> None:
+    def __init__(self, cache: PagedCache, state: BatchState, device: torch.device) -> None:
         self._cache = cache
         self._state = state
         self._device = device

@@ -1,29 +1,36 @@
-"""The paged key-value cache of one rank: one allocation, cut into pages.
+"""The paged cache of one rank: what every token leaves in every layer, cut into pages.
 
+What that is, the model's attention says (`RowShapes`): keys and values, or a compressed latent.
 A page holds `page_size` consecutive tokens of one sequence in every layer. Which page belongs to
 whom is the driver's business (it hands page ids out); a slot's page list is `workers.batch`'s.
 
-    >>> cache = KVCache(2, num_pages=4, page_size=16, num_kv_heads=1, head_dim=8,
-    ...                 dtype=torch.float32, device=torch.device("cpu"))
-    >>> cache.keys(0).shape
+    >>> shapes = ((1, 8), (1, 8))  # keys and values of one head
+    >>> cache = PagedCache(2, shapes, num_pages=4, page_size=16,
+    ...                    dtype=torch.float32, device=torch.device("cpu"))
+    >>> keys, values = cache.layer(0)
+    >>> keys.shape
     torch.Size([4, 16, 1, 8])
-    >>> bytes_per_page(2, page_size=16, num_kv_heads=1, head_dim=8, dtype=torch.float32)
+    >>> bytes_per_page(2, shapes, page_size=16, dtype=torch.float32)
     2048
 
-Shapes: P pages, S tokens in a page, G kv heads, D head dim.
+Shapes: P pages, S tokens in a page.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+RowShapes = tuple[tuple[int, ...], ...]
+"""A token's parts in a layer: ((G, D), (G, D)) are keys and values of G heads of D numbers."""
+
 
 def bytes_per_page(
-    num_layers: int, *, page_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
+    num_layers: int, shapes: RowShapes, *, page_size: int, dtype: torch.dtype
 ) -> int:
-    """Memory of one page: keys and values of all layers."""
-    return num_layers * 2 * page_size * num_kv_heads * head_dim * dtype.itemsize
+    """Memory of one page: all parts of all layers."""
+    return num_layers * page_size * sum(map(math.prod, shapes)) * dtype.itemsize
 
 
 def pages_that_fit(num_bytes: int, page_bytes: int, *, most: int) -> int:
@@ -31,46 +38,46 @@ def pages_that_fit(num_bytes: int, page_bytes: int, *, most: int) -> int:
     return min(max(num_bytes, 0) // page_bytes, most)
 
 
-class KVCache:
-    """Keys and values (layers, 2, pages, page size, kv heads, head dim). All pages are alike."""
+class PagedCache:
+    """One tensor a part, (layers, pages, page size, *shape). All pages are alike."""
 
     def __init__(
         self,
         num_layers: int,
+        shapes: RowShapes,
         *,
         num_pages: int,
         page_size: int,
-        num_kv_heads: int,
-        head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         self.num_pages = num_pages
         self.page_size = page_size
+        self.device = device
         # NOTE: zeros, not empty. Attention in torch reads whole pages and multiplies what is past
         # a sequence's end by 0, and 0 times a stray NaN is NaN.
-        self.data = torch.zeros(
-            num_layers, 2, num_pages, page_size, num_kv_heads, head_dim, dtype=dtype, device=device
+        self.parts = tuple(
+            torch.zeros(num_layers, num_pages, page_size, *shape, dtype=dtype, device=device)
+            for shape in shapes
         )
-        self._layers = [(layer[0], layer[1]) for layer in self.data]
-        tokens = (num_pages * page_size, num_kv_heads, head_dim)
-        self._rows = [(keys.view(tokens), values.view(tokens)) for keys, values in self._layers]
+        layers = range(num_layers)
+        self._layers = [tuple(part[layer] for part in self.parts) for layer in layers]
+        self._rows = [tuple(part[layer].flatten(0, 1) for part in self.parts) for layer in layers]
 
-    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of a layer, (P, S, G, D) each: views, made once."""
+    @property
+    def num_bytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
+
+    def layer(self, layer: int) -> tuple[Tensor, ...]:
+        """A layer's parts, (P, S, *shape) each: views, made once."""
         return self._layers[layer]
 
-    def rows(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of a layer as one row a token, (P * S, G, D) each."""
+    def rows(self, layer: int) -> tuple[Tensor, ...]:
+        """A layer's parts as one row a token, (P * S, *shape) each."""
         return self._rows[layer]
-
-    def keys(self, layer: int) -> Tensor:
-        return self._layers[layer][0]
-
-    def values(self, layer: int) -> Tensor:
-        return self._layers[layer][1]
 
     def clear(self, pages: Sequence[int]) -> None:
         """Zero `pages` in all layers: their last owner may have left NaN in them."""
-        index = torch.tensor(pages, dtype=torch.int64, device=self.data.device)
-        self.data.index_fill_(2, index, 0)
+        index = torch.tensor(pages, dtype=torch.int64, device=self.device)
+        for part in self.parts:
+            part.index_fill_(1, index, 0)

@@ -23,7 +23,7 @@ from kernels.paged_decode import Split, choose_split, paged_decode
 from kernels.paged_prefill import cut_chunks, paged_prefill
 from kernels.rope_store import rope_store
 from workers.batch import ProjectionAttention, StepRows, TableChange
-from workers.cache import KVCache
+from workers.cache import PagedCache
 
 PROGRAMS_PER_SM = 4
 CPU_PROGRAMS = 8
@@ -66,16 +66,16 @@ class _Decodes(NamedTuple):
 class GpuAttention(ProjectionAttention):
     """Made once; one of the two `prepare`s is called before each forward."""
 
-    def __init__(self, cache: KVCache, table: DeviceTable, max_model_len: int) -> None:
+    def __init__(self, cache: PagedCache, table: DeviceTable, max_model_len: int) -> None:
         self._cache = cache
         self._table = table
         self._max_model_len = max_model_len
-        device = cache.data.device
+        device = cache.device
         self._num_programs = CPU_PROGRAMS
         if device.type == "cuda":
             count = torch.cuda.get_device_properties(device).multi_processor_count
             self._num_programs = PROGRAMS_PER_SM * count
-        self._num_kv_heads = cache.keys(0).shape[2]
+        self._num_kv_heads = cache.layer(0)[0].shape[2]
         self._places_T = torch.empty(0, dtype=torch.int64, device=device)
         self._decodes: _Decodes | None = None
         self._blocks_M4: Tensor | None = None

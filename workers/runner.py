@@ -28,7 +28,7 @@ from workers import bundled
 from workers.architectures import plan_of
 from workers.attention import PagedAttention
 from workers.batch import BatchState, Chunk, ForwardBatch, ProtocolError, StepRows
-from workers.cache import KVCache, bytes_per_page, pages_that_fit
+from workers.cache import PagedCache, bytes_per_page, pages_that_fit
 from workers.config import EngineConfig
 from workers.models import Model, build_model, read_model_config
 from workers.protocol import (
@@ -456,12 +456,11 @@ class ModelRunner:
 
     def _build(self, num_pages: int) -> None:
         spare = int(self._use_kernels)
-        self._cache = KVCache(
+        self._cache = PagedCache(
             self._model.num_layers,
+            self._model.cache_shapes,
             num_pages=num_pages + spare,
             page_size=self._config.page_size,
-            num_kv_heads=self._model.num_kv_heads,
-            head_dim=self._model.head_dim,
             dtype=self._model.dtype,
             device=self._device,
         )
@@ -515,9 +514,8 @@ class ModelRunner:
     def _page_bytes(self) -> int:
         return bytes_per_page(
             self._model.num_layers,
+            self._model.cache_shapes,
             page_size=self._config.page_size,
-            num_kv_heads=self._model.num_kv_heads,
-            head_dim=self._model.head_dim,
             dtype=self._model.dtype,
         )
 
@@ -559,7 +557,7 @@ class ModelRunner:
         )
         torch.cuda.reset_peak_memory_stats(self._device)
         self._finish(self._run(body))
-        peak = torch.cuda.max_memory_allocated(self._device) - self._cache.data.nbytes
+        peak = torch.cuda.max_memory_allocated(self._device) - self._cache.num_bytes
         graph_bytes = self._measure_graphs()
         del self._cache, self._state, self._sampler, self._attention, self._table
         gc.collect()

@@ -1,26 +1,23 @@
+import pytest
 import torch
 
-from workers.cache import KVCache, bytes_per_page, pages_that_fit
+from workers.cache import PagedCache, bytes_per_page, pages_that_fit
 
 CPU = torch.device("cpu")
+KEYS_AND_VALUES = ((3, 5), (3, 5))
+LATENT_AND_INDEX = ((9,), (4,))
 
 
-def cache(num_pages: int) -> KVCache:
-    return KVCache(
-        2,
-        num_pages=num_pages,
-        page_size=4,
-        num_kv_heads=3,
-        head_dim=5,
-        dtype=torch.bfloat16,
-        device=CPU,
-    )
+def cache(num_pages: int, shapes=KEYS_AND_VALUES) -> PagedCache:
+    return PagedCache(2, shapes, num_pages=num_pages, page_size=4, dtype=torch.bfloat16, device=CPU)
 
 
-def test_a_page_takes_the_bytes_it_says():
-    data = cache(7).data
-    one = bytes_per_page(2, page_size=4, num_kv_heads=3, head_dim=5, dtype=torch.bfloat16)
-    assert data.numel() * data.itemsize == 7 * one
+@pytest.mark.parametrize("shapes", [KEYS_AND_VALUES, LATENT_AND_INDEX], ids=str)
+def test_a_page_takes_the_bytes_it_says(shapes):
+    pages = cache(7, shapes)
+    held = sum(part.numel() * part.itemsize for part in pages.parts)
+    assert pages.num_bytes == held
+    assert held == 7 * bytes_per_page(2, shapes, page_size=4, dtype=torch.bfloat16)
 
 
 def test_pages_fit_in_bytes_up_to_what_can_be_used():
@@ -32,13 +29,16 @@ def test_pages_fit_in_bytes_up_to_what_can_be_used():
 def test_rows_and_pages_are_views_of_one_memory():
     pages = cache(3)
     pages.rows(1)[0][9] = 1.0
-    assert pages.keys(1)[2, 1].eq(1).all()
-    assert pages.data.sum() == 15
+    assert pages.layer(1)[0][2, 1].eq(1).all()
+    assert [int(part.sum()) for part in pages.parts] == [15, 0]
 
 
-def test_clearing_a_page_leaves_the_others():
-    pages = cache(3)
-    pages.data.fill_(float("nan"))
+@pytest.mark.parametrize("shapes", [KEYS_AND_VALUES, LATENT_AND_INDEX], ids=str)
+def test_clearing_a_page_leaves_the_others(shapes):
+    pages = cache(3, shapes)
+    for part in pages.parts:
+        part.fill_(float("nan"))
     pages.clear([0, 2])
-    assert pages.data[:, :, [0, 2]].eq(0).all()
-    assert pages.data[:, :, 1].isnan().all()
+    for part in pages.parts:
+        assert part[:, [0, 2]].eq(0).all()
+        assert part[:, 1].isnan().all()

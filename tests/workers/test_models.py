@@ -155,7 +155,7 @@ def test_a_model_says_what_its_runner_must_know(tmp_path):
     models = run_thread_world(Layout(tp_size=4), lambda rank, groups: load(tmp_path, groups))
     for model in models:
         assert model.num_layers == 3
-        assert (model.num_heads, model.num_kv_heads, model.head_dim) == (1, 1, 16)
+        assert (model.num_heads, model.cache_shapes) == (1, ((1, 16), (1, 16)))
         assert (model.vocab_size, model.max_position_embeddings) == (259, 64)
         assert model.dtype == torch.float32
         assert model.stop_token_ids == (2,)

@@ -73,6 +73,8 @@ class SelfAttention:
         self._head_dim = dim
         self._num_heads = query.stop - query.start
         self._num_kv_heads = max(config.num_kv_heads // group.size, 1)
+        self.cache_shapes = ((self._num_kv_heads, dim),) * 2
+        """Keys and values of a token. A key-value head may be on several ranks."""
         self._num_rotated = self._num_heads + self._num_kv_heads
         pieces = (
             even_columns(f"{prefix}.q_proj", config.num_heads * dim, group),

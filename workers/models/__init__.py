@@ -20,6 +20,7 @@ from parallel.layout import Layout
 from parallel.plan import PlanSettings, compile_plan
 from workers.architectures import layers_of, read_model_config
 from workers.batch import ForwardBatch
+from workers.cache import RowShapes
 from workers.layers.build import Build
 from workers.model_config import ModelConfig, check_split
 from workers.models.llama import build_llama
@@ -41,9 +42,8 @@ class Model(Protocol):
     num_layers: int
     num_heads: int
     """Query heads that this rank holds."""
-    num_kv_heads: int
-    """Key-value heads that this rank holds: what a cache needs room for."""
-    head_dim: int
+    cache_shapes: RowShapes
+    """What this rank keeps of a token in each layer."""
     vocab_size: int
     max_position_embeddings: int
     stop_token_ids: tuple[int, ...]

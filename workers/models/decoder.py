@@ -29,6 +29,7 @@ class DecoderLayer:
         prefix = f"model.layers.{layer}"
         plan = build.plan
         self._attention, self.mlp = attention, mlp
+        self.cache_shapes = attention.cache_shapes
         self._input_norm = RMSNorm(build, f"{prefix}.input_layernorm")
         self._post_norm = RMSNorm(build, f"{prefix}.post_attention_layernorm")
         self._into_attention = NormBoundary(build, plan.into_attention(layer), self._input_norm)
@@ -67,9 +68,8 @@ class Decoder:
         self.num_layers = config.num_layers
         self.num_heads = config.num_heads // groups.attn_tp.size
         """Query heads that this rank holds."""
-        self.num_kv_heads = max(config.num_kv_heads // groups.attn_tp.size, 1)
-        """Key-value heads that this rank holds; a head may be on several ranks."""
-        self.head_dim = config.head_dim
+        self.cache_shapes = layers[0].cache_shapes
+        """What this rank keeps of a token in each layer: all are alike."""
         self.vocab_size = config.vocab_size
         self.max_position_embeddings = config.max_position_embeddings
         self.stop_token_ids = config.stop_token_ids
