@@ -1,4 +1,4 @@
-"""The command line: `lockstep serve`, `chat`, `generate`, `batch`, `plan`, `check`.
+"""The command line: `lockstep serve`, `chat`, `generate`, `batch`, `plan`, `check`, `bench`.
 
 Flags are the settings of `deployments.config`, spelt with dashes (`tp_size` is `--tp-size`).
 Exit codes: 0 done, 1 the service could not start or failed, 2 the command is wrong.
@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from deployments.bench_options import ServeOptions, add_serve_flags, add_step_flags
 from deployments.config import ServiceConfig, ServiceSettings, fields, help_texts
 from workers.config import EngineConfig
 
@@ -46,10 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             return print_plan(args)
         if command == "bench":
-            from deployments.bench import offline
-
-            args.pop("benchmark")
-            return offline(args)
+            return _bench(args.pop("benchmark"), args)
         from deployments.llm import generate_lines
 
         prompts = args.pop("prompt")
@@ -58,6 +56,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"lockstep: {error}", file=sys.stderr)
         return 2
+
+
+def _bench(benchmark: str, args: dict[str, Any]) -> int:
+    if benchmark == "serve":
+        from deployments.bench_serve import bench_serve
+
+        return bench_serve(ServeOptions(**args))
+    if benchmark == "step":
+        from deployments.bench_step import bench_step
+
+        return bench_step(args.pop("cases"), args)
+    from deployments.bench import offline
+
+    return offline(args)
 
 
 def _unknown(flag: str) -> str:
@@ -94,7 +106,12 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("prompt", nargs="+", help="what to ask")
     generate.add_argument("--max-tokens", type=int, default=256)
     _add_settings(generate, EngineConfig)
-    bench = commands.add_parser("bench", help="measure how fast the engine is")
+    _add_bench(commands)
+    return parser
+
+
+def _add_bench(commands: Any) -> None:
+    bench = commands.add_parser("bench", help="measure how fast the engine or a service is")
     benchmarks = bench.add_subparsers(dest="benchmark", required=True)
     offline = benchmarks.add_parser(
         "offline",
@@ -102,7 +119,17 @@ def _parser() -> argparse.ArgumentParser:
         help="without HTTP, one JSON line a case; --model may be a preset: 0.6b, 8b, 30b-a3b",
     )
     _add_settings(offline, EngineConfig)
-    return parser
+    serve = benchmarks.add_parser(
+        "serve", allow_abbrev=False, help="a running service, any with OpenAI's API, over HTTP"
+    )
+    add_serve_flags(serve)
+    step = benchmarks.add_parser(
+        "step",
+        allow_abbrev=False,
+        help="where a decode step's time goes; --model may be a preset",
+    )
+    add_step_flags(step)
+    _add_settings(step, EngineConfig)
 
 
 BATCH_SETTINGS = ("served_model_name", "metrics_port", "cluster_wait_s", "log_format")
