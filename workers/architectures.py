@@ -22,7 +22,30 @@ class Architecture:
     """Its attention can gather and scatter rows inside the block (`disable_attn_tp_gather`)."""
 
 
+LATENT = {"kv_lora_rank": 512}
+
+DEEPSEEK_V3 = LATENT | {
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 2048,
+    "first_k_dense_replace": 3,
+    "topk_method": "noaux_tc",
+    "n_group": 8,
+    "topk_group": 4,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+}
+
 ARCHITECTURES: Mapping[str, Architecture] = {
+    "DeepseekV2ForCausalLM": Architecture(
+        defaults=LATENT | {"n_routed_experts": 64, "n_shared_experts": 2},
+        gathers_in_attention=True,
+    ),
+    "DeepseekV3ForCausalLM": Architecture(defaults=DEEPSEEK_V3, gathers_in_attention=True),
+    "DeepseekV32ForCausalLM": Architecture(
+        defaults=DEEPSEEK_V3 | {"index_topk": 2048}, gathers_in_attention=True
+    ),
     "LlamaForCausalLM": Architecture(),
     "MixtralForCausalLM": Architecture(
         defaults={

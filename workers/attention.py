@@ -4,10 +4,10 @@
 layers share (page lists, masks), and calls a kernel a layer: torch's, for CPUs and as the
 reference. `workers.gpu_attention` is the other one.
 
-Shapes: T rows, B decodes, H heads, G kv heads, D head dim, N pages.
+Shapes: T rows, B decodes, H heads, G kv heads, D head dim, W numbers of a latent's row, N pages.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -15,8 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kernels.latent_attention import sparse_latent_attention
 from kernels.paged_attention import chunk_attention, decode_attention, decode_mask, store_kv
-from workers.batch import BatchState, Chunk, StepRows
+from workers.batch import BatchState, Chunk, IndexRows, StepRows
 from workers.cache import PagedCache
 
 
@@ -38,7 +39,8 @@ class PagedAttention:
         self._cache = cache
         self._state = state
         self._device = device
-        self._kv_rows_T = torch.empty(0, dtype=torch.int64, device=device)
+        self._kv_rows_T = self._positions_T = torch.empty(0, dtype=torch.int64, device=device)
+        self._longest = 0
         self._decodes: _Decodes | None = None
         self._chunks: list[tuple[Chunk, Tensor]] = []
         self._pages_of = (-1, -1)
@@ -52,7 +54,8 @@ class PagedAttention:
         upload: Callable[[NDArray[np.int64]], Tensor],
     ) -> None:
         """Take a step's rows; the tensors are `rows`' own, on the device."""
-        self._kv_rows_T = kv_rows_T
+        self._kv_rows_T, self._positions_T = kv_rows_T, positions_T
+        self._longest = int(rows.positions_T.max()) + 1
         self._decodes = self._prepare_decodes(rows, positions_T)
         self._chunks = [(chunk, self._chunk_pages(chunk)) for chunk in rows.chunks]
 
@@ -70,22 +73,81 @@ class PagedAttention:
         keys_XGD, values_XGD = self._cache.rows(layer)
         store_kv(keys_XGD, self._kv_rows_T, k_TGD)
         store_kv(values_XGD, self._kv_rows_T, v_TGD)
+        return self._attend(self._cache.layer(layer), q_THD, scale, sliding_window)
+
+    def attend_latent(
+        self,
+        layer: int,
+        q_THW: Tensor,
+        row_TW: Tensor,
+        *,
+        num_values: int,
+        scale: float,
+        index: IndexRows | None,
+    ) -> Tensor:
+        """See `workers.batch.Attention`."""
+        rows_XW, *keys = self._cache.rows(layer)
+        store_kv(rows_XW, self._kv_rows_T, row_TW)
+        if index is not None:
+            store_kv(keys[0], self._kv_rows_T, index.key_TE)
+            if self._longest > index.num_chosen:
+                return self._attend_sparsely(layer, q_THW, index, num_values, scale)
+        rows_PS1W = self._cache.layer(layer)[0].unsqueeze(2)
+        return self._attend((rows_PS1W, rows_PS1W), q_THW, scale, None)[..., :num_values]
+
+    def _attend_sparsely(
+        self, layer: int, q_THW: Tensor, index: IndexRows, num_values: int, scale: float
+    ) -> Tensor:
+        rows_PSW, keys_PSE = self._cache.layer(layer)
+        parts: list[Tensor] = []
+        for rows, pages_N, length in self._sequences():
+            out = sparse_latent_attention(
+                q_THW[rows],
+                rows_PSW.index_select(0, pages_N).flatten(0, 1)[:length],
+                index.q_TJE[rows],
+                index.weight_TJ[rows],
+                keys_PSE.index_select(0, pages_N).flatten(0, 1)[:length],
+                self._positions_T[rows],
+                num_chosen=index.num_chosen,
+                num_values=num_values,
+                scale=scale,
+            )
+            parts.append(out)
+        return torch.cat(parts)
+
+    def _sequences(self) -> Iterator[tuple[slice, Tensor, int]]:
+        """Each sequence's rows, its pages and the tokens in them that a row may see."""
+        decodes = self._decodes
+        if decodes is not None:
+            for row, pages_N in enumerate(decodes.pages_BN.view(decodes.num_seqs, -1)):
+                yield slice(row, row + 1), pages_N, decodes.length
+        for chunk, pages_N in self._chunks:
+            yield slice(chunk.row, chunk.row + chunk.length), pages_N, chunk.stop
+
+    def _attend(
+        self, kv: tuple[Tensor, ...], q_THD: Tensor, scale: float, window: int | None
+    ) -> Tensor:
+        """Over keys and values in pages (P, S, G, D)."""
         decodes = self._decodes
         if decodes is not None and not self._chunks:
-            return self._decode(layer, q_THD, decodes, scale, sliding_window)
+            return self._decode(kv, q_THD, decodes, scale, window)
         parts: list[Tensor] = []
         if decodes is not None:
-            q_BHD = q_THD[: decodes.num_seqs]
-            parts.append(self._decode(layer, q_BHD, decodes, scale, sliding_window))
+            parts.append(self._decode(kv, q_THD[: decodes.num_seqs], decodes, scale, window))
         for chunk, pages_N in self._chunks:
             q_CHD = q_THD[chunk.row : chunk.row + chunk.length]
-            parts.append(self._chunk(layer, q_CHD, chunk, pages_N, scale, sliding_window))
+            parts.append(self._chunk(kv, q_CHD, chunk, pages_N, scale, window))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _decode(
-        self, layer: int, q_BHD: Tensor, decodes: _Decodes, scale: float, window: int | None
+        self,
+        kv: tuple[Tensor, ...],
+        q_BHD: Tensor,
+        decodes: _Decodes,
+        scale: float,
+        window: int | None,
     ) -> Tensor:
-        keys_PSGD, values_PSGD = self._cache.layer(layer)
+        keys_PSGD, values_PSGD = kv
         return decode_attention(
             q_BHD,
             keys_PSGD,
@@ -98,14 +160,14 @@ class PagedAttention:
 
     def _chunk(
         self,
-        layer: int,
+        kv: tuple[Tensor, ...],
         q_CHD: Tensor,
         chunk: Chunk,
         pages_N: Tensor,
         scale: float,
         window: int | None,
     ) -> Tensor:
-        keys_PSGD, values_PSGD = self._cache.layer(layer)
+        keys_PSGD, values_PSGD = kv
         return chunk_attention(
             q_CHD,
             keys_PSGD,

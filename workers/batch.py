@@ -40,6 +40,21 @@ class ProtocolError(ValueError):
     """A step that cannot be obeyed: the driver and this rank do not see the same slots."""
 
 
+class IndexRows(NamedTuple):
+    """What an indexer makes of a step's rows, J heads of E numbers (DeepSeek-V3.2).
+
+    A row scores a token by the sum over heads of weight * relu(q . key), and reads the
+    `num_chosen` best of those up to itself.
+    """
+
+    q_TJE: Tensor
+    weight_TJ: Tensor
+    """float32, all scales included."""
+    key_TE: Tensor
+    """The rows' own keys, to be kept in the cache."""
+    num_chosen: int
+
+
 class Attention(Protocol):
     """Attention over the paged cache, prepared once a step for this step's rows."""
 
@@ -55,6 +70,21 @@ class Attention(Protocol):
     ) -> Tensor:
         """Write the rows' keys and values (T, kv heads, head dim) into `layer` of the cache, then
         attend causally over each row's own sequence; (T, heads, head dim)."""
+        ...
+
+    def attend_latent(
+        self,
+        layer: int,
+        q_THW: Tensor,
+        row_TW: Tensor,
+        *,
+        num_values: int,
+        scale: float,
+        index: IndexRows | None,
+    ) -> Tensor:
+        """The same where all heads share one row of W numbers a token, whose first `num_values`
+        are also the values; (T, heads, num_values). With `index` a row reads only the tokens that
+        score highest."""
         ...
 
 

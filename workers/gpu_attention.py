@@ -22,7 +22,7 @@ from kernels.paged_attention import store_kv
 from kernels.paged_decode import Split, choose_split, paged_decode
 from kernels.paged_prefill import cut_chunks, paged_prefill
 from kernels.rope_store import rope_store
-from workers.batch import ProjectionAttention, StepRows, TableChange
+from workers.batch import IndexRows, ProjectionAttention, StepRows, TableChange
 from workers.cache import PagedCache
 
 PROGRAMS_PER_SM = 4
@@ -135,6 +135,19 @@ class GpuAttention(ProjectionAttention):
             qkv_TND, norm_ND, rotation_T3C, self._places_T, keys_XGD, values_XGD, eps=eps
         )
         return self._attend(layer, q_THD, scale, sliding_window)
+
+    def attend_latent(
+        self,
+        layer: int,
+        q_THW: Tensor,
+        row_TW: Tensor,
+        *,
+        num_values: int,
+        scale: float,
+        index: IndexRows | None,
+    ) -> Tensor:
+        """See `workers.batch.Attention`."""
+        raise ValueError("attention over a latent has no kernel yet: set device=cpu")
 
     def _attend(self, layer: int, q_THD: Tensor, scale: float, window: int | None) -> Tensor:
         keys_XGD, values_XGD = self._cache.rows(layer)

@@ -37,6 +37,36 @@ class RopeConfig:
     truncate: bool = True
     attention_factor: float = 1.0
     """Cosines and sines are multiplied by it (yarn)."""
+    score_factor: float = 1.0
+    """Attention scores are multiplied by it as well, in DeepSeek's models."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IndexConfig:
+    """Sparse attention (DeepSeek-V3.2): an indexer says which tokens a row reads."""
+
+    num_heads: int
+    head_dim: int
+    num_chosen: int
+    """Tokens that a row reads; all, if it has no more before it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LatentConfig:
+    """Attention over a compressed latent (DeepSeek's MLA, arXiv 2405.04434)."""
+
+    query_rank: int | None
+    """Queries are made from so few numbers; None makes them from the hidden row."""
+    rank: int
+    """Numbers of the latent that keys and values are made from: what is cached of them."""
+    plain_dim: int
+    """Of a query or key head, the part that is not rotated; the rotated part is `head_dim`."""
+    value_dim: int
+    is_interleaved: bool
+    """The checkpoint has the coordinates of a rotated pair side by side."""
+    scale: float
+    """Of the scores, before softmax."""
+    index: IndexConfig | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +79,13 @@ class MoeConfig:
     norm_topk_prob: bool
     sparse_step: int
     dense_layers: frozenset[int]
+    num_groups: int = 1
+    """Neighbouring experts form groups, and a row chooses among its best groups' experts."""
+    num_groups_chosen: int = 1
+    scale: float = 1.0
+    """Of the chosen experts' weights."""
+    shared_size: int = 0
+    """Intermediate columns of the experts that every row goes through, together."""
 
     def is_sparse(self, layer: int) -> bool:
         return layer not in self.dense_layers and (layer + 1) % self.sparse_step == 0
@@ -67,6 +104,7 @@ class ModelConfig:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    """Of keys and values; with a latent, of the part that is rotated."""
     max_position_embeddings: int
     """Longest sequence, rope scaling included."""
     rms_norm_eps: float
@@ -84,6 +122,9 @@ class ModelConfig:
     moe: MoeConfig | None
     stop_token_ids: tuple[int, ...]
     """config.json's eos ids, then those that generation_config.json adds."""
+    latent: LatentConfig | None = None
+    num_draft_layers: int = 0
+    """Layers behind the last that guess tokens further ahead; they are not run."""
 
     @classmethod
     def read(
@@ -121,6 +162,8 @@ class ModelConfig:
             initializer_range=file.initializer_range,
             moe=_moe(file, path),
             stop_token_ids=_stop_token_ids(file, folder),
+            latent=_latent(file, rope),
+            num_draft_layers=file.num_nextn_predict_layers,
         )
 
     def layer_windows(self, window: int | None, *, first_layer: int) -> tuple[int | None, ...]:
@@ -232,14 +275,38 @@ class _ConfigFile(Struct, frozen=True, kw_only=True):
     norm_topk_prob: bool = False
     decoder_sparse_step: int = 1
     mlp_only_layers: tuple[int, ...] = ()
+    n_routed_experts: int | None = None
+    n_shared_experts: int = 0
+    n_group: int = 1
+    topk_group: int = 1
+    topk_method: str = "greedy"
+    scoring_func: str | None = None
+    routed_scaling_factor: float = 1.0
+    first_k_dense_replace: int = 0
+    moe_layer_freq: int = 1
+    mlp_layer_types: tuple[Literal["dense", "sparse"], ...] | None = None
+    q_lora_rank: int | None = None
+    kv_lora_rank: int | None = None
+    qk_nope_head_dim: int = 128
+    qk_rope_head_dim: int = 64
+    v_head_dim: int = 128
+    rope_interleave: bool = True
+    index_topk: int | None = None
+    index_n_heads: int = 64
+    index_head_dim: int = 128
+    num_nextn_predict_layers: int = 0
     eos_token_id: int | tuple[int, ...] = ()
 
     @property
     def kv_heads(self) -> int:
+        if self.kv_lora_rank is not None:
+            return 1  # all heads share the latent
         return self.num_key_value_heads or self.num_attention_heads
 
     @property
     def head_size(self) -> int:
+        if self.kv_lora_rank is not None:
+            return self.qk_rope_head_dim
         return self.head_dim or self.hidden_size // self.num_attention_heads
 
 
@@ -296,6 +363,8 @@ def _check_offered(file: _ConfigFile, fields: dict[str, Any], path: Path) -> Non
     if file.hidden_act != "silu":
         raise BadModelConfig(f"{path} asks for hidden_act={file.hidden_act} and there is silu")
     kinds = set(file.layer_types or ()) - {"full_attention", "sliding_attention"}
+    if file.index_topk is not None:
+        kinds -= {"indexed_attention"}
     if kinds:
         raise BadModelConfig(
             f"{path} has layers of type {', '.join(sorted(kinds))} and there is full_attention "
@@ -316,7 +385,7 @@ def _check_sizes(file: _ConfigFile, path: Path) -> None:
         raise BadModelConfig(
             f"{path}: num_attention_heads={heads} does not divide by num_key_value_heads={kv_heads}"
         )
-    if file.head_dim is None and file.hidden_size % heads:
+    if file.kv_lora_rank is None and file.head_dim is None and file.hidden_size % heads:
         raise BadModelConfig(
             f"{path}: hidden_size={file.hidden_size} does not divide by num_attention_heads="
             f"{heads}, and head_dim is not given"
@@ -384,25 +453,48 @@ def _rope(file: _ConfigFile, path: Path) -> tuple[RopeConfig, int]:
         beta_slow=rope.beta_slow,
         truncate=rope.truncate,
         attention_factor=_yarn_attention_factor(rope, rope.factor) if kind == "yarn" else 1.0,
+        score_factor=_sharpened(rope.factor, rope.mscale_all_dim or 0.0) ** 2,
     )
     return config, limit
 
 
 def _yarn_attention_factor(rope: _RopeFile, factor: float) -> float:
     """By how much yarn sharpens attention over longer contexts."""
-
-    def sharpen(scale: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
-
     if rope.attention_factor is not None:
         return rope.attention_factor
     if rope.mscale and rope.mscale_all_dim:
-        return sharpen(rope.mscale) / sharpen(rope.mscale_all_dim)
-    return sharpen(1.0)
+        return _sharpened(factor, rope.mscale) / _sharpened(factor, rope.mscale_all_dim)
+    return _sharpened(factor, 1.0)
+
+
+def _sharpened(factor: float, scale: float) -> float:
+    return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
+
+
+def _latent(file: _ConfigFile, rope: RopeConfig) -> LatentConfig | None:
+    if file.kv_lora_rank is None:
+        return None
+    index = None
+    if file.index_topk is not None:
+        index = IndexConfig(
+            num_heads=file.index_n_heads,
+            head_dim=file.index_head_dim,
+            num_chosen=file.index_topk,
+        )
+    width = file.qk_nope_head_dim + file.qk_rope_head_dim
+    return LatentConfig(
+        query_rank=file.q_lora_rank,
+        rank=file.kv_lora_rank,
+        plain_dim=file.qk_nope_head_dim,
+        value_dim=file.v_head_dim,
+        is_interleaved=file.rope_interleave,
+        scale=width**-0.5 * rope.score_factor,
+        index=index,
+    )
 
 
 def _moe(file: _ConfigFile, path: Path) -> MoeConfig | None:
-    num_experts = file.num_experts or file.num_local_experts
+    num_experts = file.num_experts or file.num_local_experts or file.n_routed_experts
     if not num_experts:
         return None
     chosen = file.num_experts_per_tok
@@ -415,14 +507,51 @@ def _moe(file: _ConfigFile, path: Path) -> MoeConfig | None:
         raise BadModelConfig(
             f"{path}: decoder_sparse_step={file.decoder_sparse_step} must be at least 1"
         )
+    _check_routing(file, num_experts, chosen, path)
+    width = file.moe_intermediate_size or file.intermediate_size
+    is_grouped = file.topk_method != "greedy"
     return MoeConfig(
         num_experts=num_experts,
         num_experts_per_token=chosen,
-        intermediate_size=file.moe_intermediate_size or file.intermediate_size,
+        intermediate_size=width,
         norm_topk_prob=file.norm_topk_prob,
         sparse_step=file.decoder_sparse_step,
-        dense_layers=frozenset(file.mlp_only_layers),
+        dense_layers=_dense_layers(file),
+        num_groups=file.n_group if is_grouped else 1,
+        num_groups_chosen=file.topk_group if is_grouped else 1,
+        scale=file.routed_scaling_factor,
+        shared_size=width * file.n_shared_experts,
     )
+
+
+def _dense_layers(file: _ConfigFile) -> frozenset[int]:
+    """Layers that have no experts, in any of the spellings."""
+    layers = {*file.mlp_only_layers, *range(file.first_k_dense_replace)}
+    if file.mlp_layer_types is not None:
+        layers = {i for i, kind in enumerate(file.mlp_layer_types) if kind == "dense"}
+    return frozenset(layers)
+
+
+def _check_routing(file: _ConfigFile, num_experts: int, chosen: int, path: Path) -> None:
+    """What only DeepSeek's files say of experts."""
+    if file.moe_layer_freq != 1:
+        raise BadModelConfig(
+            f"{path}: moe_layer_freq={file.moe_layer_freq} is not offered: experts must be in "
+            "every layer from first_k_dense_replace on"
+        )
+    if file.topk_method == "greedy":
+        return
+    groups, open_groups = file.n_group, file.topk_group
+    if groups < 1 or num_experts % groups or not 1 <= open_groups <= groups:
+        raise BadModelConfig(
+            f"{path}: {num_experts} experts cannot form n_group={groups} equal groups of which "
+            f"topk_group={open_groups} are open"
+        )
+    if chosen > num_experts // groups * open_groups:
+        raise BadModelConfig(
+            f"{path}: num_experts_per_tok={chosen} is more than topk_group={open_groups} groups of "
+            f"{num_experts // groups} experts have"
+        )
 
 
 def _stop_token_ids(file: _ConfigFile, folder: Path) -> tuple[int, ...]:

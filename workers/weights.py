@@ -72,8 +72,8 @@ class Weighted(Protocol):
     @property
     def initializer_range(self) -> float: ...
     @property
-    def unused_weights(self) -> frozenset[str]:
-        """Tensors that a checkpoint may hold though the model does not need them."""
+    def unused_weights(self) -> tuple[str, ...]:
+        """Beginnings of names that a checkpoint may hold though the model does not need them."""
         ...
 
     def sources(self) -> list[Source | OneOf]: ...
@@ -260,9 +260,13 @@ def _check_names(
             f"{folder} lacks {_listed(missing, 'tensor')} that {model.architecture} needs: "
             "download the checkpoint again, or check that config.json belongs to it"
         )
-    expected = model.unused_weights.union(source.name for source in sources)
+    expected = {source.name for source in sources}
     unexpected = [
-        name for name in entries if name not in expected and IGNORED.fullmatch(name) is None
+        name
+        for name in entries
+        if name not in expected
+        and not name.startswith(model.unused_weights)
+        and IGNORED.fullmatch(name) is None
     ]
     if unexpected:
         raise BadCheckpoint(

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from parallel.dp_attention import RowCounts
 from parallel.groups import Groups, single_rank_groups
-from workers.batch import ForwardBatch
+from workers.batch import ForwardBatch, IndexRows
 from workers.models import Model, build_model, read_model_config
 from workers.weights import load_weights
 
@@ -65,6 +65,31 @@ class DenseAttention:
             outs.append(out[0].transpose(0, 1))
         return torch.cat(outs)
 
+    def attend_latent(
+        self,
+        layer: int,
+        q_THW: Tensor,
+        row_TW: Tensor,
+        *,
+        num_values: int,
+        scale: float,
+        index: IndexRows | None,
+    ) -> Tensor:
+        outs, first = [], 0
+        for length in self._lengths:
+            here, first = slice(first, first + length), first + length
+            q, row = q_THW[here], row_TW[here]
+            hidden = torch.ones(length, length, dtype=torch.bool).triu(1)
+            if index is not None:
+                score = torch.einsum("tje,se->tjs", index.q_TJE[here], index.key_TE[here]).relu()
+                score = torch.einsum("tj,tjs->ts", index.weight_TJ[here], score)
+                rank = score.masked_fill(hidden, -torch.inf).argsort(1, descending=True).argsort(1)
+                hidden = hidden | (rank >= index.num_chosen)
+            score = torch.einsum("thw,sw->ths", q, row) * scale
+            weight = score.masked_fill(hidden[:, None], -torch.inf).softmax(-1)
+            outs.append(torch.einsum("ths,sr->thr", weight, row[:, :num_values]))
+        return torch.cat(outs)
+
 
 def batch_of(sequences: Sequence[Sequence[int]], num_replicas: int = 1) -> ForwardBatch:
     """Whole prompts, all of whose rows want logits; every replica has the same."""
@@ -85,7 +110,8 @@ def save_tiny(folder: Path, family: str, **changes: Any) -> transformers.PreTrai
     config = getattr(transformers, f"{family}Config")(**SIZES | changes)
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     with torch.no_grad():
-        for name, weight in model.named_parameters():
+        biases = [each for each in model.named_buffers() if each[0].endswith("correction_bias")]
+        for name, weight in [*model.named_parameters(), *biases]:
             if weight.dim() == 1:  # norms start at one and biases at zero, which hides mistakes
                 weight.add_(torch.randn_like(weight) * (0.2 if "norm" in name else 0.5))
     model.save_pretrained(folder, max_shard_size="40KB")

@@ -15,7 +15,7 @@ from parallel.padding import pad_rows
 from parallel.plan import PlanError, PlanSettings, Rows, compile_plan
 from parallel.thread_world import run_thread_world
 from tests.workers.exact import sparse_config
-from tests.workers.layers.tiny import CONFIG
+from tests.workers.layers.tiny import CONFIG, latent_of
 from tests.workers.reference import DenseAttention
 from workers.architectures import ARCHITECTURES, layers_of
 from workers.batch import ForwardBatch
@@ -187,10 +187,13 @@ PLACED = [
 @pytest.mark.parametrize("layout", PLACED)
 @pytest.mark.parametrize("architecture", MODELS)
 def test_every_row_parallel_layer_sums_over_the_plans_group(architecture, layout):
-    moe = FLOATS.moe if "Moe" in architecture else None
+    moe = FLOATS.moe if "Moe" in architecture or "Deepseek" in architecture else None
     if "Mixtral" in architecture:
         moe = replace(FLOATS.moe, dense_layers=frozenset())
-    config = replace(CONFIG, architecture=architecture, num_layers=3, moe=moe)
+    latent = latent_of(architecture)
+    if latent is not None:
+        moe = replace(FLOATS.moe, norm_topk_prob=False, shared_size=16)
+    config = replace(CONFIG, architecture=architecture, num_layers=3, moe=moe, latent=latent)
     plan = compile_plan(layout, PlanSettings(), layers_of(config))
     assert len(plan.boundaries) == 7
     groups = build_groups(layout, 3, lambda members: None)
@@ -200,7 +203,7 @@ def test_every_row_parallel_layer_sums_over_the_plans_group(architecture, layout
         assert [one.group.members for one in attention] == [groups.attn_tp.members]
         dense = list(row_parallel_layers(layer.mlp, set()))
         place = plan.mlps[number]
-        assert len(dense) == (0 if layers_of(config).sparse[number] else 1)
+        assert len(dense) == (1 if latent or not layers_of(config).sparse[number] else 0)
         for one in dense:
             assert one.place == place
             assert one.group.size == len(layout.members(place.group, 3) if place.group else [3])
@@ -299,7 +302,7 @@ def test_shared_experts_are_added_once_wherever_rows_are(layout, settings):
 class Weights:
     """A layer, for the filler of random weights."""
 
-    architecture, initializer_range, unused_weights = "test", 0.3, frozenset()
+    architecture, initializer_range, unused_weights = "test", 0.3, ()
 
     def __init__(self, layer) -> None:
         self.sources = layer.sources

@@ -138,17 +138,20 @@ def test_auto_map_is_ignored_and_its_code_not_run(tmp_path):
     assert config.architecture == "LlamaForCausalLM"
 
 
+THERE_IS = (
+    "DeepseekV2ForCausalLM, DeepseekV32ForCausalLM, DeepseekV3ForCausalLM, LlamaForCausalLM, "
+    "MixtralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, Qwen3MoeForCausalLM"
+)
+
 REFUSED = {
     "architecture": (
         {"architectures": ["T5ForConditionalGeneration"]},
-        "asks for T5ForConditionalGeneration and there is LlamaForCausalLM, MixtralForCausalLM, "
-        "Qwen2ForCausalLM, Qwen3ForCausalLM, Qwen3MoeForCausalLM; workers/models/README.md says "
-        "how to add one",
+        f"asks for T5ForConditionalGeneration and there is {THERE_IS}; workers/models/README.md "
+        "says how to add one",
     ),
     "no architecture": (
         {"architectures": []},
-        "names no architecture: add `architectures` with one of LlamaForCausalLM, "
-        "MixtralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, Qwen3MoeForCausalLM",
+        f"names no architecture: add `architectures` with one of {THERE_IS}",
     ),
     "missing field": (
         {"hidden_size": None},

@@ -36,6 +36,25 @@ LLAMA3 = {
 }
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
 MOE = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
+LATENT = {
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 20,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 10,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 16,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 1.7,
+}
+GROUPS = {"n_group": 4, "topk_group": 2}
+INDEX = {"index_n_heads": 8, "index_head_dim": 16}
+SHARP_YARN = YARN | {"mscale": 0.7, "mscale_all_dim": 0.9}
 WINDOW = {"use_sliding_window": True, "sliding_window": 4}
 
 CASES = {
@@ -58,6 +77,29 @@ CASES = {
     "qwen3 moe dense layers": ("Qwen3Moe", {**MOE, "mlp_only_layers": [0]}),
     "qwen3 moe sparse step": ("Qwen3Moe", {**MOE, "decoder_sparse_step": 2}),
     "qwen3 moe window": ("Qwen3Moe", {**MOE, **WINDOW}),
+    "deepseek v2": ("DeepseekV2", {**LATENT, "topk_method": "greedy"}),
+    "deepseek v2 groups": (
+        "DeepseekV2",
+        {**LATENT, **GROUPS, "topk_method": "group_limited_greedy", "rope_parameters": SHARP_YARN},
+    ),
+    "deepseek v2 direct queries": ("DeepseekV2", {**LATENT, "q_lora_rank": None}),
+    "deepseek v2 biases": ("DeepseekV2", {**LATENT, "attention_bias": True}),
+    "deepseek v3": ("DeepseekV3", {**LATENT, **GROUPS}),
+    "deepseek v3 yarn": ("DeepseekV3", {**LATENT, **GROUPS, "rope_parameters": SHARP_YARN}),
+    "deepseek v3 unnormalised": (
+        "DeepseekV3",
+        {**LATENT, **GROUPS, "norm_topk_prob": False, "attention_bias": True},
+    ),
+    "deepseek v3 halves": (
+        "DeepseekV3",
+        {**LATENT, **GROUPS, "rope_interleave": False, "q_lora_rank": None},
+    ),
+    "deepseek v3.2 all tokens": ("DeepseekV32", {**LATENT, **GROUPS, **INDEX, "index_topk": 24}),
+    "deepseek v3.2": ("DeepseekV32", {**LATENT, **GROUPS, **INDEX, "index_topk": 5}),
+    "deepseek v3.2 yarn": (
+        "DeepseekV32",
+        {**LATENT, **GROUPS, **INDEX, "index_topk": 7, "rope_parameters": SHARP_YARN},
+    ),
     "mixtral": ("Mixtral", {"num_local_experts": 4}),
     "mixtral window": ("Mixtral", {"num_local_experts": 4, "sliding_window": 4}),
 }
@@ -71,7 +113,9 @@ def test_logits_are_those_of_transformers(case, tmp_path):
     torch.testing.assert_close(logits_of(load(tmp_path), SEQUENCES), expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("case", ["qwen3 moe", "mixtral"])
+@pytest.mark.parametrize(
+    "case", ["qwen3 moe", "mixtral", "deepseek v2", "deepseek v3", "deepseek v3.2"]
+)
 def test_checkpoints_with_fused_experts_are_read(case, tmp_path):
     family, changes = CASES[case]
     theirs = save_tiny(tmp_path / "by expert", family, **changes)
@@ -97,11 +141,20 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
-    "case", ["llama biases", "qwen2 tied", "qwen3", "qwen3 moe dense layers", "mixtral"]
+    "case",
+    [
+        "llama biases",
+        "qwen2 tied",
+        "qwen3",
+        "qwen3 moe dense layers",
+        "mixtral",
+        "deepseek v2 biases",
+        "deepseek v3.2",
+    ],
 )
 def test_every_layout_gives_the_logits_of_one_rank(case, layout, tmp_path):
     family, changes = CASES[case]
-    if LAYOUTS[layout].ep_size > 1 and family not in ("Qwen3Moe", "Mixtral"):
+    if LAYOUTS[layout].ep_size > 1 and family in ("Llama", "Qwen2", "Qwen3"):
         pytest.skip("no experts to place")
     save_tiny(tmp_path, family, **changes)
     expected = logits_of(load(tmp_path), SEQUENCES)

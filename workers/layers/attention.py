@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from parallel.dp_attention import Activation, RowSplit, gather_replica, sum_to_shares
+from parallel.dp_attention import Activation, RowSplit
 from parallel.plan import Place, Rows
 from workers.batch import Attention, ProjectionAttention
 from workers.layers.build import Build, even_share
@@ -14,6 +14,7 @@ from workers.layers.linear import (
 )
 from workers.layers.norm import UnitRms
 from workers.layers.rotary import Rotation
+from workers.layers.whole_rows import on_whole_rows
 from workers.weights import Part, Source
 
 
@@ -45,12 +46,7 @@ class QueryKeyNorm:
 
 
 class SelfAttention:
-    """Causal attention with grouped keys and values, split by heads over attn_tp.
-
-    It works on all rows of a replica. Where the plan's attention takes scattered rows, it gathers
-    them itself before the projections and scatters their sum behind the last: then nobody outside
-    has to pad a replica's rows to a multiple of its ranks, and the products see the true number.
-    """
+    """Causal attention with grouped keys and values, split by heads over attn_tp."""
 
     def __init__(
         self,
@@ -99,13 +95,13 @@ class SelfAttention:
     def forward(
         self, x: Activation, rotation: Rotation, attention: Attention, split: RowSplit | None
     ) -> Activation:
-        x_TD = x.final(self._rows)
-        if self._rows is not Rows.SCATTERED or split is None:
-            return self._attend(x_TD, rotation, attention, split)
-        whole_TD = gather_replica(x_TD, split, self._group)
-        out = self._attend(whole_TD, rotation, attention, split)
-        out_TD = out.addend(Rows.TP_ATTN_FULL, self._group)
-        return Activation(sum_to_shares(out_TD, split, self._group), self._rows)
+        return on_whole_rows(
+            lambda x_TD: self._attend(x_TD, rotation, attention, split),
+            x,
+            self._rows,
+            split,
+            self._group,
+        )
 
     def _attend(
         self, x_TD: Tensor, rotation: Rotation, attention: Attention, split: RowSplit | None

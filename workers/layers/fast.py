@@ -57,6 +57,13 @@ def head_linear(x_RK: Tensor, weight_VK: Tensor) -> Tensor:
     return functional.linear(x_RK, weight_VK)
 
 
+def float32_linear(x_TK: Tensor, weight_NK: Tensor) -> Tensor:
+    """The product in float32, whatever the type of the two."""
+    if x_TK.is_cuda:
+        return head_linear(x_TK, weight_NK)
+    return functional.linear(x_TK.float(), weight_NK.float())
+
+
 def silu_and_multiply(gate_up: Tensor) -> Tensor:
     """silu of the first half of the columns, times the second half."""
     if gate_up.is_cuda:

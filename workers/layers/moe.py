@@ -21,7 +21,7 @@ from parallel.plan import Place
 from parallel.symmetric import moved_to_slot
 from workers.layers.build import Build, even_share, padded_share
 from workers.layers.dispatch import AllToAll, Routing
-from workers.layers.fast import linear, silu_and_multiply
+from workers.layers.fast import float32_linear, linear, silu_and_multiply
 from workers.model_config import MoeConfig
 from workers.weights import OneOf, Part, Source, everything
 
@@ -54,9 +54,9 @@ class MLP(Protocol):
 
 
 class Router(Protocol):
-    """Chooses experts from a row's scores."""
+    """Chooses experts for rows, by a product with a vector for each expert."""
 
-    def forward(self, logits_TE: Tensor) -> Routing: ...
+    def forward(self, x_TD: Tensor, weight_ED: Tensor) -> Routing: ...
     def sources(self) -> Sequence[Source]: ...
 
 
@@ -67,11 +67,41 @@ class SoftmaxRouter:
         self._num_chosen = num_chosen
         self._normalise = normalise
 
-    def forward(self, logits_TE: Tensor) -> Routing:
+    def forward(self, x_TD: Tensor, weight_ED: Tensor) -> Routing:
+        logits_TE = linear(x_TD, weight_ED)
         return route(logits_TE, self._num_chosen, normalise=self._normalise)
 
     def sources(self) -> Sequence[Source]:
         return ()
+
+
+class GroupedRouter:
+    """DeepSeek's: V2 by a softmax, V3 by a sigmoid and a learned bias; all in float32."""
+
+    def __init__(self, build: Build, moe: MoeConfig, bias_name: str | None) -> None:
+        """With the name of a bias it is V3's."""
+        self._moe, self._bias_name = moe, bias_name
+        self._bias_E = None
+        if bias_name is not None:
+            self._bias_E = torch.empty(moe.num_experts, device=build.device)
+
+    def forward(self, x_TD: Tensor, weight_ED: Tensor) -> Routing:
+        logits_TE = float32_linear(x_TD, weight_ED)
+        moe = self._moe
+        return route_in_groups(
+            logits_TE.softmax(-1) if self._bias_E is None else logits_TE.sigmoid(),
+            self._bias_E,
+            moe.num_experts_per_token,
+            num_groups=moe.num_groups,
+            num_groups_chosen=moe.num_groups_chosen,
+            normalise=moe.norm_topk_prob,
+            scale=moe.scale,
+        )
+
+    def sources(self) -> Sequence[Source]:
+        if self._bias_E is None or self._bias_name is None:
+            return ()
+        return (everything(self._bias_E, self._bias_name, "zeros"),)
 
 
 def route(logits_TE: Tensor, num_chosen: int, *, normalise: bool) -> Routing:
@@ -103,19 +133,28 @@ def route_in_groups(
     weighted by the score alone; without (V2) a group is as good as its best expert.
     """
     biased_TE = score_TE if bias_E is None else score_TE + bias_E
-    grouped_TGE = biased_TE.unflatten(-1, (num_groups, -1))
-    if bias_E is None:
-        group_TG = grouped_TGE.amax(-1)
-    else:
-        group_TG = grouped_TGE.topk(min(2, grouped_TGE.shape[-1]), dim=-1).values.sum(-1)
-    best_TG = group_TG.topk(num_groups_chosen, dim=-1).indices
-    open_TG = torch.zeros_like(group_TG, dtype=torch.bool).scatter_(1, best_TG, True)
-    closed_TE = ~open_TG.repeat_interleave(grouped_TGE.shape[-1], 1)
-    expert_TK = biased_TE.masked_fill(closed_TE, -torch.inf).topk(num_chosen, dim=-1).indices
+    if num_groups_chosen < num_groups:
+        biased_TE = _in_best_groups(biased_TE, bias_E is not None, num_groups, num_groups_chosen)
+    expert_TK = biased_TE.topk(num_chosen, dim=-1).indices
     weight_TK = score_TE.gather(1, expert_TK)
     if normalise:
         weight_TK = weight_TK / (weight_TK.sum(-1, keepdim=True) + 1e-20)
     return Routing(weight_TK * scale, expert_TK)
+
+
+def _in_best_groups(
+    score_TE: Tensor, by_two_best: bool, num_groups: int, num_groups_chosen: int
+) -> Tensor:
+    """The scores, minus infinity outside the best groups."""
+    grouped_TGE = score_TE.unflatten(-1, (num_groups, -1))
+    if by_two_best:
+        group_TG = grouped_TGE.topk(min(2, grouped_TGE.shape[-1]), dim=-1).values.sum(-1)
+    else:
+        group_TG = grouped_TGE.amax(-1)
+    best_TG = group_TG.topk(num_groups_chosen, dim=-1).indices
+    open_TG = torch.zeros_like(group_TG, dtype=torch.bool).scatter_(1, best_TG, True)
+    closed_TE = ~open_TG.repeat_interleave(grouped_TGE.shape[-1], 1)
+    return score_TE.masked_fill(closed_TE, -torch.inf)
 
 
 class Experts:
@@ -183,7 +222,7 @@ class Experts:
         if ys:
             y_ND.index_copy_(0, mine_N, torch.cat(ys))
         y_TKD = y_ND.view(num_rows, num_chosen, x_TD.shape[1])
-        return torch.bmm(routing.weight_TK.unsqueeze(1), y_TKD).squeeze(1)
+        return torch.bmm(routing.weight_TK.to(y_TKD.dtype).unsqueeze(1), y_TKD).squeeze(1)
 
     def _one(self, local: int, x_TD: Tensor) -> Tensor:
         gate_up_ND, down_DI = self._each[local]
@@ -269,7 +308,7 @@ class SparseMLP:
         return Activation(out_TD, self._rows, self._owed)
 
     def _route(self, x_TD: Tensor, split: RowSplit | None) -> Routing:
-        routing = self._router.forward(linear(x_TD, self._router_ED))
+        routing = self._router.forward(x_TD, self._router_ED)
         live_T = None if split is None else split.live(self._rows)
         if live_T is not None:
             chosen = routing.expert_TK.masked_fill(~live_T.unsqueeze(1), self._moe.num_experts)

@@ -17,8 +17,9 @@ class UnitRms:
     are tensors because each number handed to an operation costs a conversion.
     """
 
-    def __init__(self, build: Build, size: int) -> None:
-        self._eps = build.config.rms_norm_eps
+    def __init__(self, build: Build, size: int, eps: float | None = None) -> None:
+        """`eps` is the config's if it is None."""
+        self._eps = build.config.rms_norm_eps if eps is None else eps
         self._shape = (size,)
         self._shrink_1 = torch.tensor([size**-0.5], device=build.device)
         self._root_eps_1 = torch.tensor([self._eps**0.5], device=build.device)
@@ -35,11 +36,15 @@ class UnitRms:
 
 
 class RMSNorm:
-    def __init__(self, build: Build, name: str) -> None:
+    def __init__(
+        self, build: Build, name: str, size: int | None = None, eps: float | None = None
+    ) -> None:
+        """Of rows as wide as the model, with the config's eps, unless it is said otherwise."""
+        size = build.config.hidden_size if size is None else size
         self._name = name
-        self._unit = UnitRms(build, build.config.hidden_size)
-        self._eps = build.config.rms_norm_eps
-        self.weight_D = build.empty(build.config.hidden_size)
+        self._unit = UnitRms(build, size, eps)
+        self._eps = build.config.rms_norm_eps if eps is None else eps
+        self.weight_D = build.empty(size)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         if x_TD.is_cuda:

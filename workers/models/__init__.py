@@ -23,6 +23,7 @@ from workers.batch import ForwardBatch
 from workers.cache import RowShapes
 from workers.layers.build import Build
 from workers.model_config import ModelConfig, check_split
+from workers.models.deepseek import build_deepseek_v2, build_deepseek_v3
 from workers.models.llama import build_llama
 from workers.models.mixtral import build_mixtral
 from workers.models.qwen2 import build_qwen2
@@ -38,7 +39,7 @@ class Model(Protocol):
 
     architecture: str
     initializer_range: float
-    unused_weights: frozenset[str]
+    unused_weights: tuple[str, ...]
     num_layers: int
     num_heads: int
     """Query heads that this rank holds."""
@@ -68,6 +69,9 @@ class Model(Protocol):
 
 
 MODELS: Mapping[str, Callable[[Build], Model]] = {
+    "DeepseekV2ForCausalLM": build_deepseek_v2,
+    "DeepseekV3ForCausalLM": build_deepseek_v3,
+    "DeepseekV32ForCausalLM": build_deepseek_v3,
     "LlamaForCausalLM": build_llama,
     "MixtralForCausalLM": build_mixtral,
     "Qwen2ForCausalLM": build_qwen2,

@@ -5,6 +5,7 @@ parts are connected differently is its own class with `DecoderLayer`'s methods.
 """
 
 from collections.abc import Sequence
+from typing import Protocol
 
 from torch import Tensor
 
@@ -12,7 +13,7 @@ from parallel.dp_attention import Activation, RowCounts, RowSplit
 from parallel.plan import PlanError, Rows
 from parallel.symmetric import out_of_slot
 from workers.batch import Attention, ForwardBatch
-from workers.layers.attention import SelfAttention
+from workers.cache import RowShapes
 from workers.layers.build import Build
 from workers.layers.communicator import NormBoundary
 from workers.layers.embedding import LMHead, VocabParallelEmbedding, VocabWeight, vocab_sources
@@ -22,10 +23,24 @@ from workers.layers.rotary import RotaryTable, Rotation
 from workers.weights import OneOf, Source
 
 
+class AttentionLayer(Protocol):
+    """The first half of a layer: its projections around the step's attention over the cache."""
+
+    @property
+    def cache_shapes(self) -> RowShapes:
+        """What this rank keeps of a token."""
+        ...
+
+    def forward(
+        self, x: Activation, rotation: Rotation, attention: Attention, split: RowSplit | None
+    ) -> Activation: ...
+    def sources(self) -> Sequence[Source]: ...
+
+
 class DecoderLayer:
     """Attention, then an MLP, each behind a norm of the residual stream."""
 
-    def __init__(self, build: Build, layer: int, attention: SelfAttention, mlp: MLP) -> None:
+    def __init__(self, build: Build, layer: int, attention: AttentionLayer, mlp: MLP) -> None:
         prefix = f"model.layers.{layer}"
         plan = build.plan
         self._attention, self.mlp = attention, mlp
@@ -83,7 +98,11 @@ class Decoder:
         if not config.tie_word_embeddings or head_group.members != groups.attn_tp.members:
             head_name = name if config.tie_word_embeddings else "lm_head"
             head = VocabWeight(build, head_name, head_group)
-        self.unused_weights = frozenset({"lm_head.weight"} if config.tie_word_embeddings else ())
+        drafts = range(config.num_layers, config.num_layers + config.num_draft_layers)
+        self.unused_weights = (
+            *(("lm_head.weight",) if config.tie_word_embeddings else ()),
+            *(f"model.layers.{layer}." for layer in drafts),
+        )
         self._vocabs = (embedding,) if head is embedding else (embedding, head)
         self._embed = VocabParallelEmbedding(embedding)
         self._head = LMHead(build, head)

@@ -11,7 +11,7 @@ from parallel.groups import Groups
 from parallel.plan import PlanSettings, compile_plan
 from workers.architectures import layers_of
 from workers.layers.build import Build
-from workers.model_config import ModelConfig, RopeConfig
+from workers.model_config import IndexConfig, LatentConfig, ModelConfig, RopeConfig
 from workers.models import layout_of
 from workers.weights import Source
 
@@ -39,6 +39,18 @@ CONFIG = ModelConfig(
     moe=None,
     stop_token_ids=(),
 )
+
+LATENT = LatentConfig(
+    query_rank=12, rank=10, plain_dim=6, value_dim=6, is_interleaved=True, scale=0.3
+)
+INDEX = IndexConfig(num_heads=4, head_dim=8, num_chosen=2)
+
+
+def latent_of(architecture: str) -> LatentConfig | None:
+    """What an architecture's attention needs beside `CONFIG`."""
+    if "V32" in architecture:
+        return replace(LATENT, index=INDEX)
+    return LATENT if "Deepseek" in architecture else None
 
 
 def build_on(groups: Groups, dtype: torch.dtype = torch.float32, **changes: Any) -> Build:

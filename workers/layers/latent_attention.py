@@ -1,0 +1,224 @@
+"""Attention over a compressed latent: DeepSeek's MLA, with its projections absorbed.
+
+A token keeps one row that all heads share: R numbers that keys and values are made from, and a key
+of D numbers that carries its position. Nothing is ever decompressed: what would make keys of the
+latent is applied to the queries instead, and what would make values of it to what they read.
+
+    q . (W_k latent) = (W_k^T q) . latent        sum_s p_s (W_v latent_s) = W_v (sum_s p_s latent_s)
+
+Heads are split over attn_tp; what makes the latent is on all ranks, and so is the cache.
+
+`Indexer` is DeepSeek-V3.2's: a small attention of its own says which tokens a row reads. Following
+transformers it works in the model's type: a Hadamard transform of queries and keys, which leaves
+their products as they are, and their rounding to 8 bits are left out.
+
+Shapes: T rows, H heads, R numbers of the latent, D rotated numbers, N plain ones, V of a value,
+W = R + D; J heads of E numbers of the indexer.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from parallel.dp_attention import Activation, RowSplit
+from parallel.plan import Place, Rows
+from workers.batch import Attention, IndexRows
+from workers.cache import RowShapes
+from workers.errors import BadModelConfig
+from workers.layers.build import Build, even_share
+from workers.layers.linear import ColumnParallelLinear, Columns, RowParallelLinear, even_columns
+from workers.layers.norm import RMSNorm
+from workers.layers.rotary import Rotation
+from workers.layers.whole_rows import on_whole_rows
+from workers.model_config import IndexConfig, LatentConfig
+from workers.weights import Source, everything
+
+NORM_EPS = 1e-6
+"""Of the norms inside attention, whatever config.json says of the others."""
+
+
+class LatentAttention:
+    def __init__(self, build: Build, layer: int, latent: LatentConfig) -> None:
+        config, group, place = build.config, build.groups.attn_tp, build.plan.attention
+        prefix = f"model.layers.{layer}.self_attn"
+        heads = even_share(config.num_heads, group, f"{prefix} heads")
+        self._layer, self._latent = layer, latent
+        self._num_heads = heads.stop - heads.start
+        self._rotated_dim = config.head_dim
+        query_width = config.num_heads * (latent.plain_dim + config.head_dim)
+        row_width = latent.rank + config.head_dim
+        compress = [_whole(f"{prefix}.kv_a_proj_with_mqa", row_width)]
+        query_name = f"{prefix}.q_proj"
+        if latent.query_rank is not None:
+            compress.insert(0, _whole(f"{prefix}.q_a_proj", latent.query_rank))
+            query_name = f"{prefix}.q_b_proj"
+        self._compress = ColumnParallelLinear(
+            build, config.hidden_size, compress, bias=config.attention_bias
+        )
+        self._query_norm = None
+        if latent.query_rank is not None:
+            name = f"{prefix}.q_a_layernorm"
+            self._query_norm = RMSNorm(build, name, latent.query_rank, NORM_EPS)
+        self._query = ColumnParallelLinear(
+            build,
+            latent.query_rank or config.hidden_size,
+            (even_columns(query_name, query_width, group),),
+            bias=False,
+        )
+        self._latent_norm = RMSNorm(build, f"{prefix}.kv_a_layernorm", latent.rank, NORM_EPS)
+        columns = config.num_heads * (latent.plain_dim + latent.value_dim)
+        self._expand = ColumnParallelLinear(
+            build, latent.rank, (even_columns(f"{prefix}.kv_b_proj", columns, group),), bias=False
+        )
+        by_head = self._expand.weight_ND.view(self._num_heads, -1, latent.rank)
+        self._keys_HNR = by_head[:, : latent.plain_dim]
+        self._values_HRV = by_head[:, latent.plain_dim :].transpose(1, 2)
+        self._out = RowParallelLinear(
+            build,
+            f"{prefix}.o_proj",
+            config.num_heads * latent.value_dim,
+            config.hidden_size,
+            place=Place(Rows.TP_ATTN_FULL, place.group),
+            bias=config.attention_bias,
+        )
+        self._indexer = None
+        if latent.index is not None:
+            self._indexer = Indexer(build, f"{prefix}.indexer", latent, latent.index)
+        self.cache_shapes: RowShapes = ((row_width,),)
+        """The row of a token, and its key for the indexer; the same on all attn_tp ranks."""
+        if latent.index is not None:
+            self.cache_shapes += ((latent.index.head_dim,),)
+        self._group = group
+        self._rows = place.rows
+
+    def forward(
+        self, x: Activation, rotation: Rotation, attention: Attention, split: RowSplit | None
+    ) -> Activation:
+        return on_whole_rows(
+            lambda x_TD: self._attend(x_TD, rotation, attention, split),
+            x,
+            self._rows,
+            split,
+            self._group,
+        )
+
+    def _attend(
+        self, x_TD: Tensor, rotation: Rotation, attention: Attention, split: RowSplit | None
+    ) -> Activation:
+        num_rows = x_TD.shape[0]
+        num_real = num_rows if split is None else split.num_real
+        if num_real == num_rows > 0:
+            return self._out.forward(self._read(x_TD, rotation, attention))
+        out_TN = x_TD.new_zeros(num_rows, self._num_heads * self._latent.value_dim)
+        if num_real:  # padding has no place in any sequence, so attention never sees it
+            out_TN[:num_real] = self._read(x_TD[:num_real], rotation, attention)
+        return self._out.forward(out_TN)
+
+    def _read(self, x_TD: Tensor, rotation: Rotation, attention: Attention) -> Tensor:
+        """What the rows read of their sequences, heads side by side."""
+        latent, num_rows = self._latent, x_TD.shape[0]
+        parts = self._compress.forward(x_TD).split_with_sizes(
+            (latent.query_rank or 0, latent.rank, self._rotated_dim), 1
+        )
+        query_TQ = x_TD
+        if self._query_norm is not None:
+            query_TQ = self._query_norm.forward(parts[0].contiguous())
+        latent_TR = self._latent_norm.forward(parts[1].contiguous())
+        query_THX = self._query.forward(query_TQ).view(num_rows, self._num_heads, -1)
+        plain_THN, query_THD = query_THX.split_with_sizes((latent.plain_dim, self._rotated_dim), 2)
+        # The shared key is turned as one more head.
+        turned_TXD = torch.cat((query_THD, parts[2].unsqueeze(1)), 1)
+        turned_TXD = rotation.apply(_halved(turned_TXD) if latent.is_interleaved else turned_TXD)
+        absorbed_HTR = torch.bmm(plain_THN.transpose(0, 1), self._keys_HNR)
+        out_THR = attention.attend_latent(
+            self._layer,
+            torch.cat((absorbed_HTR.transpose(0, 1), turned_TXD[:, :-1]), 2),
+            torch.cat((latent_TR, turned_TXD[:, -1]), 1),
+            num_values=latent.rank,
+            scale=latent.scale,
+            index=self._index(x_TD, query_TQ, rotation),
+        )
+        out_HTV = torch.bmm(out_THR.transpose(0, 1), self._values_HRV)
+        return out_HTV.transpose(0, 1).reshape(num_rows, self._num_heads * latent.value_dim)
+
+    def _index(self, x_TD: Tensor, query_TQ: Tensor, rotation: Rotation) -> IndexRows | None:
+        if self._indexer is None:
+            return None
+        return self._indexer.forward(x_TD, query_TQ, rotation)
+
+    def sources(self) -> list[Source]:
+        parts = (self._compress, self._query_norm, self._query, self._latent_norm, self._expand)
+        inside = [source for part in parts if part is not None for source in part.sources()]
+        index = [] if self._indexer is None else self._indexer.sources()
+        return [*inside, *index, *self._out.sources()]
+
+
+class Indexer:
+    """Queries, weights and keys that say which tokens a row reads; whole on every rank."""
+
+    def __init__(self, build: Build, prefix: str, latent: LatentConfig, index: IndexConfig) -> None:
+        config = build.config
+        if latent.query_rank is None or index.head_dim < config.head_dim:
+            raise BadModelConfig(
+                f"{config.architecture} needs q_lora_rank, and index_head_dim={index.head_dim} of "
+                f"at least qk_rope_head_dim={config.head_dim}"
+            )
+        self._prefix, self._index = prefix, index
+        self._rotated_dim = config.head_dim
+        self._query = ColumnParallelLinear(
+            build,
+            latent.query_rank,
+            (_whole(f"{prefix}.wq_b", index.num_heads * index.head_dim),),
+            bias=False,
+        )
+        self._key_and_weight = ColumnParallelLinear(
+            build,
+            config.hidden_size,
+            (
+                _whole(f"{prefix}.wk", index.head_dim),
+                _whole(f"{prefix}.weights_proj", index.num_heads),
+            ),
+            bias=False,
+        )
+        self._norm_E = build.empty(index.head_dim)
+        self._norm_bias_E = build.empty(index.head_dim)
+        self._scale = (index.head_dim * index.num_heads) ** -0.5
+
+    def forward(self, x_TD: Tensor, query_TQ: Tensor, rotation: Rotation) -> IndexRows:
+        """`query_TQ` is what attention makes its queries from."""
+        index, num_rows = self._index, x_TD.shape[0]
+        query_TJE = self._query.forward(query_TQ).view(num_rows, index.num_heads, -1)
+        key_TE, weight_TJ = self._key_and_weight.forward(x_TD).split_with_sizes(
+            (index.head_dim, index.num_heads), 1
+        )
+        key_TE = functional.layer_norm(
+            key_TE, (index.head_dim,), self._norm_E, self._norm_bias_E, NORM_EPS
+        )
+        both_TXE = torch.cat((query_TJE, key_TE.unsqueeze(1)), 1)
+        rest = index.head_dim - self._rotated_dim
+        turned, plain = both_TXE.split_with_sizes((self._rotated_dim, rest), 2)
+        both_TXE = torch.cat((rotation.apply(turned.contiguous()), plain), 2)
+        return IndexRows(
+            both_TXE[:, :-1],
+            weight_TJ.float() * self._scale,
+            both_TXE[:, -1],
+            index.num_chosen,
+        )
+
+    def sources(self) -> list[Source]:
+        return [
+            *self._query.sources(),
+            *self._key_and_weight.sources(),
+            everything(self._norm_E, f"{self._prefix}.k_norm.weight", "ones"),
+            everything(self._norm_bias_E, f"{self._prefix}.k_norm.bias", "zeros"),
+        ]
+
+
+def _whole(name: str, total: int) -> Columns:
+    """All columns, on every rank."""
+    return Columns(name, total, slice(0, total))
+
+
+def _halved(x_TXD: Tensor) -> Tensor:
+    """The first of each pair that lies side by side, then the second of each."""
+    return x_TXD.unflatten(-1, (x_TXD.shape[-1] // 2, 2)).transpose(2, 3).flatten(2)
