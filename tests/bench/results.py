@@ -2,9 +2,12 @@
 
 import csv
 import datetime
+import math
 import platform
+import statistics
 import subprocess
-from importlib.metadata import version
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
@@ -12,23 +15,49 @@ import numpy as np
 FOLDER = Path(__file__).parent / "results"
 COLUMNS = ("date", "commit", "device", "versions", "case", "unit", "p20", "p50", "p80", "command")
 
+STUDENT_975 = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
+    2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
+)  # fmt: skip
+"""Student's t for a two-sided 95 % interval, from 1 degree of freedom on."""
+
 
 def percentiles(values):
     return [float(np.percentile(values, p)) for p in (20, 50, 80)]
 
 
-def record(name: str, case: str, unit: str, values: list[float], command: str, device: str = "CPU"):
-    """Append the 20th, 50th and 80th percentile of `values` to results/<name>.csv and print it."""
-    FOLDER.mkdir(exist_ok=True)
-    path = FOLDER / f"{name}.csv"
+def ratio_interval(ratios: Sequence[float]) -> tuple[float, float, float]:
+    """(low, mean, high): geometric mean of paired ratios and its 95 % interval.
+
+    >>> low, mean, high = ratio_interval([0.99, 1.01, 1.0])
+    >>> round(low, 3), round(mean, 3), round(high, 3)
+    (0.975, 1.0, 1.025)
+    """
+    logs = [math.log(ratio) for ratio in ratios]
+    mean = statistics.fmean(logs)
+    degrees = len(logs) - 1
+    student = STUDENT_975[degrees - 1] if degrees <= len(STUDENT_975) else 2.0
+    wide = student * statistics.stdev(logs) / math.sqrt(len(logs))
+    return math.exp(mean - wide), math.exp(mean), math.exp(mean + wide)
+
+
+def record(
+    name: str,
+    case: str,
+    unit: str,
+    values: Sequence[float],
+    command: str,
+    device: str = "CPU",
+    folder: Path = FOLDER,
+):
+    """Append the 20th, 50th and 80th percentile of `values` to <folder>/<name>.csv and print it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.csv"
     is_new = not path.exists()
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    versions = " ".join(f"{p}={version(p)}" for p in ("torch", "ray", "pyzmq"))
+    versions = " ".join(f"{p}={_version(p)}" for p in ("torch", "ray", "pyzmq"))
     row = [
         datetime.date.today().isoformat(),
-        commit,
+        _commit(),
         device,
         f"python={platform.python_version()} {versions}",
         case,
@@ -41,4 +70,23 @@ def record(name: str, case: str, unit: str, values: list[float], command: str, d
         if is_new:
             writer.writerow(COLUMNS)
         writer.writerow(row)
-    print(f"{case:40s} {row[6]:>10s} {row[7]:>10s} {row[8]:>10s} {unit}")
+    print(f"{case:52s} {row[6]:>10s} {row[7]:>10s} {row[8]:>10s} {unit}", flush=True)
+
+
+def _commit() -> str:
+    """Empty where the files are no repository, or there is no git."""
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"],
+            capture_output=True, text=True, check=False, timeout=10,
+        )  # fmt: skip
+    except OSError:
+        return ""
+    return done.stdout.strip()
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "?"

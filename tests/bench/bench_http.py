@@ -1,0 +1,341 @@
+"""What HTTP, Serve and Ray cost, on one machine in one run.
+
+    python -m tests.bench.bench_http                                 # the bundled model, on a CPU
+    python -m tests.bench.bench_http --model 0.6b --out /tmp/rows    # a preset, on a GPU
+
+1. Throughput at 64 requests under way: `LLM` (no HTTP) and the service (HAProxy, ingress, driver,
+   `RayFleet`) in turns on the same prompts of token ids; the loss in per cent.
+2. Time to first token of one request alone: over HTTP and straight to the same driver's socket, in
+   turns; what is between them is proxy, ingress and client.
+3. Time per output token under `RayFleet` and `LocalFleet`, the same engine above both: pairs in
+   turns, the geometric mean of the ratios and its 95 % interval.
+
+Answers are greedy and must have the length asked for. After `--limit-s` it ends itself.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import faulthandler
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from deployments.bench import PRESETS
+from deployments.bench_client import Target, ask_one, first_model, new_session, run_load
+from deployments.bench_prompts import Ask, PromptShape, random_asks
+from deployments.engine import Engine
+from deployments.llm import LLM, SamplingParams
+from tests.bench.engine_client import EngineClient
+from tests.bench.results import FOLDER, ratio_interval, record
+from tests.bench.stand_in import write_preset
+from workers.config import count_local_gpus, set_ray_environment
+
+APP = "lockstep"
+Note = Callable[[str, str, Sequence[float]], None]
+"""note(case, unit, values)"""
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    num_prompts: int
+    input_len: int
+    output_len: int
+    num_rounds: int
+    num_firsts: int
+    pair_tokens: int
+
+
+GPU_SIZES = Sizes(
+    num_prompts=384, input_len=256, output_len=256, num_rounds=3, num_firsts=100, pair_tokens=400
+)
+CPU_SIZES = Sizes(
+    num_prompts=64, input_len=16, output_len=32, num_rounds=3, num_firsts=40, pair_tokens=150
+)
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """An error in the main thread after `seconds`; the end of the process if that does not help."""
+
+    def over(*_: object) -> None:
+        raise TimeoutError(f"not done after {seconds:g} s")
+
+    faulthandler.dump_traceback_later(seconds + 25, exit=True)
+    signal.signal(signal.SIGALRM, over)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        faulthandler.cancel_dump_traceback_later()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextlib.contextmanager
+def ray_and_serve() -> Iterator[str]:
+    """A Ray of its own with Serve on a free port: its URL."""
+    set_ray_environment()
+    os.environ["RAY_SERVE_HAPROXY_METRICS_PORT"] = str(free_port())
+    os.environ["RAY_SERVE_HAPROXY_STATS_PORT"] = str(free_port())
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [*sys.path]))
+    import ray
+    from ray import serve
+    from ray.serve.schema import LoggingConfig
+
+    folder = tempfile.TemporaryDirectory(prefix="lsray", dir="/tmp", ignore_cleanup_errors=True)
+    with folder, contextlib.ExitStack() as stack:
+        ray.init(
+            address="local",
+            num_cpus=8,
+            include_dashboard=False,
+            _temp_dir=folder.name,
+            object_store_memory=200 * 2**20,
+            log_to_driver=False,
+            logging_level="error",
+        )
+        stack.callback(ray.shutdown)
+        port = free_port()
+        quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
+        serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config=quiet)
+        stack.callback(serve.shutdown)
+        yield f"http://127.0.0.1:{port}"
+
+
+@contextlib.contextmanager
+def service(settings: dict[str, Any]) -> Iterator[None]:
+    from ray import serve
+    from ray.serve.schema import LoggingConfig
+
+    from deployments.app import build_app
+
+    quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
+    app = build_app(settings | {"metrics_port": 0})
+    serve.run(app, name=APP, route_prefix="/", logging_config=quiet)
+    try:
+        yield
+    finally:
+        serve.delete(APP)
+
+
+def bench_throughput(llm: LLM, url: str, sizes: Sizes, concurrency: int, note: Note) -> None:
+    shape = PromptShape(
+        input_len=sizes.input_len,
+        output_len=sizes.output_len,
+        range_ratio=0.5,
+        as_ids=True,
+        max_token_id=min(10_000, llm.vocab_size - 1),
+    )
+    asks = random_asks(shape, sizes.num_prompts, seed=0)
+    warm = random_asks(shape, concurrency, seed=1)
+    offline(llm, warm)
+    asyncio.run(over_http(url, warm, concurrency))
+    alone, served, losses, shares = [], [], [], []
+    for number in range(sizes.num_rounds):
+        for is_http in (False, True) if number % 2 == 0 else (True, False):
+            if is_http:
+                began = time.process_time()
+                speed = asyncio.run(over_http(url, asks, concurrency))
+                cpu = time.process_time() - began
+                served.append(speed)
+                shares.append(cpu * speed / sum(ask.max_tokens for ask in asks) * 100)
+            else:
+                alone.append(offline(llm, asks))
+        losses.append((1 - served[-1] / alone[-1]) * 100)
+    note(f"output, LLM, {concurrency} at once", "tok/s", alone)
+    note(f"output, HTTP, {concurrency} at once", "tok/s", served)
+    note(f"lost to HTTP, {concurrency} at once", "%", losses)
+    note("CPU of the client, HTTP", "% of a core", shares)
+
+
+def offline(llm: LLM, asks: Sequence[Ask]) -> float:
+    """Output tokens a second."""
+    params = [
+        SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=ask.max_tokens) for ask in asks
+    ]
+    began = time.perf_counter()
+    answers = llm.generate([list(ask.prompt) for ask in asks], params, detokenize=False)
+    seconds = time.perf_counter() - began
+    check_lengths([len(answer.ids) for answer in answers], asks)
+    return sum(ask.max_tokens for ask in asks) / seconds
+
+
+async def over_http(url: str, asks: Sequence[Ask], concurrency: int) -> float:
+    """Output tokens a second."""
+    async with new_session() as session:
+        target = await target_at(session, url)
+        seconds, outcomes = await run_load(session, target, asks, [0.0] * len(asks), concurrency)
+    failed = [outcome.error for outcome in outcomes if outcome.error]
+    if failed:
+        raise RuntimeError(f"{len(failed)} requests failed, the first with: {failed[0]}")
+    check_lengths([outcome.num_output for outcome in outcomes], asks)
+    return sum(ask.max_tokens for ask in asks) / seconds
+
+
+async def target_at(session: Any, url: str) -> Target:
+    model = await first_model(session, url, {})
+    return Target(url=url, model=model, ignore_eos=True, timeout_s=100.0)
+
+
+def check_lengths(lengths: Sequence[int], asks: Sequence[Ask]) -> None:
+    if list(lengths) != [ask.max_tokens for ask in asks]:
+        raise RuntimeError("an answer has not the length that was asked for")
+
+
+async def bench_first_tokens(url: str, client: EngineClient, sizes: Sizes, note: Note) -> None:
+    """The same lengths, other ids: in turns over HTTP and straight to the driver."""
+    shape = PromptShape(input_len=sizes.input_len, output_len=4, as_ids=True, max_token_id=250)
+    asks = random_asks(shape, 2 * (sizes.num_firsts + 5), seed=2)
+    direct, served = [], []
+    async with new_session() as session:
+        target = await target_at(session, url)
+        for straight, ask in zip(asks[::2], asks[1::2], strict=True):
+            direct.append(client.ask(list(straight.prompt), 4)[0] * 1e3)
+            outcome = await ask_one(session, target, ask, time.perf_counter())
+            if outcome.error:
+                raise RuntimeError(outcome.error)
+            served.append(outcome.ttft * 1e3)
+    direct, served = direct[5:], served[5:]
+    note("first token, straight to the driver", "ms", direct)
+    note("first token, HTTP", "ms", served)
+    added = [b - a for a, b in zip(direct, served, strict=True)]
+    note("first token, added by HTTP", "ms", added)
+
+
+def bench_fleets(llm: LLM, num_pairs: int, sizes: Sizes, note: Note) -> None:
+    import ray
+
+    from deployments.ray_fleet import RayFleet
+
+    engine = Engine(
+        llm.config,
+        RayFleet(cluster_wait_s=60, progress=lambda sentence: None),
+        node_ip=ray.util.get_node_ip_address(),
+        node_id=ray.get_runtime_context().get_node_id(),
+        listen_tcp=True,
+    )
+    with contextlib.ExitStack() as stack:
+        stack.callback(engine.stop)
+        engine.start()
+        engine.wait_ready()
+        local, remote = EngineClient(llm.engine.info()), EngineClient(engine.info())
+        stack.callback(local.close)
+        stack.callback(remote.close)
+        prompt = [7 + number % 200 for number in range(sizes.input_len)]
+        for client in (local, remote):
+            client.tpot(prompt, sizes.pair_tokens)
+        figures: dict[EngineClient, list[float]] = {local: [], remote: []}
+        for number in range(num_pairs):
+            for client in (local, remote) if number % 2 == 0 else (remote, local):
+                figures[client].append(client.tpot(prompt, sizes.pair_tokens) * 1e3)
+    ratios = [b / a for a, b in zip(figures[local], figures[remote], strict=True)]
+    low, mean, high = ratio_interval(ratios)
+    note("token of 1 request, LocalFleet", "ms", figures[local])
+    note("token of 1 request, RayFleet", "ms", figures[remote])
+    note(f"RayFleet / LocalFleet, {num_pairs} pairs", "ratio", ratios)
+    note("RayFleet / LocalFleet, 95 % from", "ratio", [low])
+    note("RayFleet / LocalFleet, mean", "ratio", [mean])
+    note("RayFleet / LocalFleet, 95 % to", "ratio", [high])
+
+
+def settings_of(args: argparse.Namespace, sizes: Sizes, folder: Path) -> dict[str, Any]:
+    settings: dict[str, Any] = {
+        "enable_prefix_caching": False,
+        "max_num_seqs": args.concurrency,
+        "tp_size": args.tp_size,
+        "max_model_len": max(1024, 2 * (sizes.input_len + sizes.output_len)),
+        "kv_cache_gb": 0.25 if args.device == "cpu" else args.kv_cache_gb,
+        "device": args.device,
+        "start_timeout_s": 120.0,
+        "step_timeout_s": 30.0,
+    }
+    if args.model in PRESETS:
+        write_preset(args.model, folder)
+        settings |= {"model": str(folder), "load_format": "dummy"}
+    elif args.model:
+        settings["model"] = args.model
+    return settings
+
+
+def device_name(device: str) -> str:
+    if device == "cpu":
+        return "CPU"
+    words = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=20, check=False)
+    except OSError:
+        return "GPU"
+    return done.stdout.strip().splitlines()[0] if done.stdout.strip() else "GPU"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--model", default="", help="a preset, a folder, or the bundled model")
+    parser.add_argument("--device", default="cuda" if count_local_gpus() else "cpu")
+    parser.add_argument("--concurrency", type=int, default=64)
+    parser.add_argument("--num-ingress", type=int, default=1)
+    parser.add_argument("--tp-size", type=int, default=1)
+    parser.add_argument("--kv-cache-gb", type=float, default=20.0, help="of each engine on a GPU")
+    parser.add_argument("--pairs", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=0, help="of throughput (default: 3)")
+    parser.add_argument("--limit-s", type=float, default=210.0)
+    parser.add_argument("--out", type=Path, default=FOLDER, help="folder of http.csv")
+    args = parser.parse_args()
+    command = shlex.join(["python", "-m", "tests.bench.bench_http", *sys.argv[1:]])
+    sizes = CPU_SIZES if args.device == "cpu" else GPU_SIZES
+    if args.rounds:
+        sizes = replace(sizes, num_rounds=args.rounds)
+    device, name = device_name(args.device), args.model or "bundled"
+
+    def note(case: str, unit: str, values: Sequence[float]) -> None:
+        record("http", f"{name}: {case}", unit, values, command, device, args.out)
+
+    def say(sentence: str) -> None:
+        print(f"{time.perf_counter() - began:6.1f} s  {sentence}", flush=True)
+
+    began = time.perf_counter()
+    with (
+        time_limit(args.limit_s),
+        tempfile.TemporaryDirectory() as folder,
+        ray_and_serve() as url,
+    ):
+        settings = settings_of(args, sizes, Path(folder))
+        say("Ray is up")
+        with LLM(**settings) as llm:
+            say("LLM is up")
+            with service(settings | {"num_ingress": args.num_ingress}):
+                say("the service is up")
+                bench_throughput(llm, url, sizes, args.concurrency, note)
+                say("throughput is measured")
+                client = EngineClient(driver_info())
+                with contextlib.closing(client):
+                    asyncio.run(bench_first_tokens(url, client, sizes, note))
+                say("first tokens are measured")
+            bench_fleets(llm, args.pairs, sizes, note)
+        say("done")
+
+
+def driver_info() -> Any:
+    """Where the service's driver listens."""
+    from ray import serve
+
+    handle = serve.get_deployment_handle("Driver", app_name=APP)
+    return handle.endpoint.remote().result(timeout_s=30)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,24 @@
+"""A model folder for a preset: its shape, and a vocabulary of made-up words for random ids."""
+
+import itertools
+import json
+import string
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from deployments.bench import PRESETS
+
+
+def write_preset(name: str, folder: Path) -> None:
+    """config.json and tokenizer.json; no weights, so it is for `load_format=dummy`."""
+    config = PRESETS[name]
+    (folder / "config.json").write_text(json.dumps(config))
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = map("".join, itertools.product(string.ascii_lowercase, repeat=4))
+    spelt = itertools.islice(itertools.chain(letters, words), config["vocab_size"])
+    vocabulary = {word: number for number, word in enumerate(spelt)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))
