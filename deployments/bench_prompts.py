@@ -5,14 +5,14 @@ in large vocabularies; the service says how many they were). With `prefix_len` t
 of a few shared prefixes. A JSONL file holds prompts of one's own.
 
     >>> [ask.prompt for ask in random_asks(PromptShape(input_len=3, as_ids=True), 2, seed=0)]
-    [[8507, 6373, 5116], [8898, 4497, 260]]
+    [[9794, 817, 2876], [5183, 9468, 6825]]
     >>> arrivals(3, float("inf")).tolist()
     [0.0, 0.0, 0.0]
 """
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,18 +71,23 @@ class Ask:
         return isinstance(self.prompt, list) and isinstance(self.prompt[0], dict)
 
 
-def random_asks(shape: PromptShape, num: int, *, seed: int) -> list[Ask]:
-    """The same for the same seed; another number of prompts begins with the same ones."""
+def random_asks(shape: PromptShape, num: int, *, seed: int, run: int = 0) -> list[Ask]:
+    """The same for the same seed; another number of prompts begins with the same ones.
+
+    Another `run` has the same lengths and other tokens, so that it finds none of an earlier run's
+    prompts in a prefix cache.
+    """
     prefixes = [
-        _tokens(shape, shape.prefix_len, np.random.default_rng([seed, 1, number]))
+        _tokens(shape, shape.prefix_len, np.random.default_rng([seed, 1, run, number]))
         for number in range(shape.num_prefixes)
     ]
     asks = []
     for number in range(num):
-        draw = np.random.default_rng([seed, 0, number])
-        length = _length(shape.input_len, shape.range_ratio, draw)
-        max_tokens = _length(shape.output_len, shape.range_ratio, draw)
-        ids = prefixes[number % shape.num_prefixes] + _tokens(shape, length, draw)
+        lengths = np.random.default_rng([seed, 0, number])
+        length = _length(shape.input_len, shape.range_ratio, lengths)
+        max_tokens = _length(shape.output_len, shape.range_ratio, lengths)
+        own = _tokens(shape, length, np.random.default_rng([seed, 2, run, number]))
+        ids = prefixes[number % shape.num_prefixes] + own
         if shape.as_ids:
             asks.append(Ask(ids, max_tokens, len(ids)))
         else:
@@ -160,13 +165,6 @@ def arrivals(
         raise ValueError(f"request_rate={rate} and burstiness={burstiness} must be above 0")
     if math.isinf(rate):
         return np.zeros(num)
-    gaps = np.random.default_rng([seed, 2]).gamma(burstiness, 1 / (rate * burstiness), num)
+    gaps = np.random.default_rng([seed, 3]).gamma(burstiness, 1 / (rate * burstiness), num)
     times = np.cumsum(gaps)
     return times * (num / rate / times[-1]) if num and times[-1] > 0 else times
-
-
-def first_ids(asks: Sequence[Ask], num: int, seed: int, shape: PromptShape | None) -> list[Ask]:
-    """`num` requests to warm up with: others than those to come, where those are random."""
-    if shape is None:
-        return [asks[number % len(asks)] for number in range(num)]
-    return random_asks(shape, num, seed=seed + 1_000_003)

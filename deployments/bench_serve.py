@@ -32,7 +32,10 @@ from deployments.bench_figures import (
     table,
 )
 from deployments.bench_options import ServeOptions
-from deployments.bench_prompts import Ask, PromptShape, arrivals, first_ids, random_asks, read_asks
+from deployments.bench_prompts import Ask, PromptShape, arrivals, random_asks, read_asks
+
+WARM_UP_RUN = 1_000_003
+"""A run whose prompts no other has."""
 
 
 def read_concurrencies(text: str) -> list[int | None]:
@@ -60,7 +63,7 @@ def bench_serve(options: ServeOptions) -> int:
     ).tolist()
     if options.plot:
         plotting()  # told before the run, not after it
-    asks = _asks(options)
+    asks_of = _asks(options)
     target = Target(
         url=options.url.rstrip("/").removesuffix("/v1"),
         model=options.model,
@@ -80,7 +83,7 @@ def bench_serve(options: ServeOptions) -> int:
             print(f"failed {reason}", flush=True)
 
     try:
-        asyncio.run(_drive(options, target, asks, times, limits, on_run))
+        asyncio.run(_drive(options, target, asks_of, times, limits, on_run))
     except RequestRefused as error:
         print(f"lockstep: {error}", file=sys.stderr)
         return 1
@@ -95,7 +98,7 @@ def bench_serve(options: ServeOptions) -> int:
 async def _drive(
     options: ServeOptions,
     target: Target,
-    asks: Sequence[Ask],
+    asks_of: Callable[[int, int], list[Ask]],
     times: Sequence[float],
     limits: Sequence[int | None],
     on_run: Callable[[str, int | None, float, list[Outcome]], None],
@@ -105,8 +108,9 @@ async def _drive(
         if not target.model:
             model = await first_model(session, target.url, target.headers)
             target = replace(target, model=model)
-        await _warm_up(session, options, target, asks)
-        for limit in limits:
+        await _warm_up(session, target, asks_of(WARM_UP_RUN, options.num_warmups))
+        for number, limit in enumerate(limits):
+            asks = asks_of(number, options.num_prompts)
             with _progress(len(asks), limit) as (on_chunks, on_done):
                 took, outcomes = await run_load(
                     session, target, asks, times, limit, on_chunks=on_chunks, on_done=on_done
@@ -114,11 +118,9 @@ async def _drive(
             on_run(target.model, limit, took, outcomes)
 
 
-async def _warm_up(
-    session: aiohttp.ClientSession, options: ServeOptions, target: Target, asks: Sequence[Ask]
-) -> None:
+async def _warm_up(session: aiohttp.ClientSession, target: Target, asks: Sequence[Ask]) -> None:
     """One after the other, not counted; one that fails ends the benchmark."""
-    for ask in first_ids(asks, options.num_warmups, options.seed, shape_of(options)):
+    for ask in asks:
         _, [outcome] = await run_load(session, target, [ask], [0.0], None)
         if outcome.error:
             raise RequestRefused(f"{target.url} did not answer a first request: {outcome.error}")
@@ -160,15 +162,18 @@ def shape_of(options: ServeOptions) -> PromptShape | None:
     )
 
 
-def _asks(options: ServeOptions) -> list[Ask]:
+def _asks(options: ServeOptions) -> Callable[[int, int], list[Ask]]:
+    """What gives the first so many requests of a run. A file's are the same in all runs."""
     shape = shape_of(options)
     if shape is not None:
-        return random_asks(shape, options.num_prompts, seed=options.seed)
+        return lambda run, num: random_asks(shape, num, seed=options.seed, run=run)
+    most = max(options.num_prompts, options.num_warmups)
     try:
         with Path(options.dataset).open() as lines:
-            return read_asks(lines, options.num_prompts, options.output_len, source=options.dataset)
+            asks = read_asks(lines, most, options.output_len, source=options.dataset)
     except OSError as error:
         raise ValueError(f"the dataset {options.dataset} cannot be read: {error}") from error
+    return lambda run, num: asks[:num]
 
 
 def _api_key(options: ServeOptions) -> str:
@@ -231,7 +236,9 @@ def plot(runs: Sequence[dict[str, Any]], path: Path) -> None:
             axis.annotate(label, (x, y), textcoords="offset points", xytext=(4, 4))
         axis.set_xlabel(text)
         axis.set_ylabel("output tokens a second")
+        axis.margins(0.1)
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
+    figure.suptitle(f"{runs[0]['model_id']}: one point for each number of requests under way")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deployments.bench_prompts import Ask, PromptShape, arrivals, first_ids, random_asks, read_asks
+from deployments.bench_prompts import Ask, PromptShape, arrivals, random_asks, read_asks
 
 SHAPES = st.builds(
     PromptShape,
@@ -47,9 +47,20 @@ def test_another_seed_gives_other_prompts_and_prompts_differ():
     asks = random_asks(shape, 50, seed=0)
     assert len({tuple(ask.prompt) for ask in asks}) == 50
     assert asks != random_asks(shape, 50, seed=1)
-    assert not {tuple(ask.prompt) for ask in asks} & {
-        tuple(ask.prompt) for ask in first_ids(asks, 20, 0, shape)
-    }
+
+
+@settings(deadline=None, max_examples=30)
+@given(SHAPES, st.integers(1, 10))
+def test_another_run_has_the_same_lengths(shape, num):
+    one, other = (random_asks(shape, num, seed=0, run=run) for run in (0, 1))
+    assert [len(ask.prompt) for ask in one] == [len(ask.prompt) for ask in other]
+    assert [ask.max_tokens for ask in one] == [ask.max_tokens for ask in other]
+
+
+def test_another_run_shares_no_beginning():
+    shape = PromptShape(input_len=20, prefix_len=10, num_prefixes=3, as_ids=True)
+    one, other = (random_asks(shape, 30, seed=0, run=run) for run in (0, 1))
+    assert not {tuple(ask.prompt[:3]) for ask in one} & {tuple(ask.prompt[:3]) for ask in other}
 
 
 def test_words_are_text_of_that_many_words():

@@ -76,6 +76,16 @@ def test_what_is_sent_is_what_was_asked_for(tmp_path):
         assert body["ignore_eos"] is True
         assert body["stream_options"] == {"include_usage": True}
     assert set(server.keys) == {"bearer secret"}
+    assert len({tuple(body["prompt"]) for body in server.seen}) == 10
+
+
+def test_a_second_run_finds_no_prompt_of_the_first_in_a_cache(tmp_path):
+    with streaming_server() as server:
+        code, runs = run(server, tmp_path, max_concurrency="1,8", prefix_len=4)
+    assert code == 0
+    assert runs[0]["total_input_tokens"] == runs[1]["total_input_tokens"] == 8 * 9
+    beginnings = [tuple(body["prompt"][:4]) for body in server.seen]
+    assert len(set(beginnings)) == 3  # warm-up, one run, the other
 
 
 def test_requests_come_at_the_rate_asked(tmp_path):
@@ -169,6 +179,9 @@ def test_a_plot_is_drawn_of_what_was_measured(tmp_path, monkeypatch):
             return lambda *args, **more: drawn.append((name, args))
 
     class Figure:
+        def suptitle(self, text):
+            assert text.startswith("m: ")
+
         def savefig(self, path, dpi):
             drawn.append(("savefig", (path,)))
 
@@ -181,7 +194,7 @@ def test_a_plot_is_drawn_of_what_was_measured(tmp_path, monkeypatch):
 
     monkeypatch.setattr(module, "plotting", Pyplot)
     names = {"output_throughput": 10.0, "median_tpot_ms": 2.0, "median_ttft_ms": 3.0}
-    module.plot([names | {"max_concurrency": 1}], tmp_path / "p.png")
+    module.plot([names | {"max_concurrency": 1, "model_id": "m"}], tmp_path / "p.png")
     assert ("savefig", (tmp_path / "p.png",)) in drawn
     assert ("plot", ([2.0], [10.0])) in drawn
 
