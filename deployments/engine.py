@@ -72,6 +72,9 @@ it (Serve, Kubernetes) starts it on fresh ground."""
 DEATH_GRACE_S = 0.05
 """How long a failure that a rank reports waits for the notice of another rank's death."""
 
+LOST_NODE_BEATS = 4
+"""And how many heartbeats it waits for a sign of each other node."""
+
 
 class EngineFailed(RuntimeError):
     """The engine could not start, or has given up; the message says why."""
@@ -368,6 +371,9 @@ class Engine:
         self._reason = str(failure)
         self.counters.last_failure = str(failure)
         known = {"epoch": self._epoch, "rank": failure.rank}
+        step = self._gang.step_of(failure.rank) if self._gang is not None else None
+        if step is not None:
+            known["step"] = step
         log.error("epoch %d is over: %s", self._epoch, failure, extra=known)
         self._on_progress(str(failure))
         self._requests.clear()
@@ -380,7 +386,7 @@ class Engine:
             self._link.close()
             self._link = None
         self._losses.append(now)
-        if not was_ready and self.counters.num_steps == 0:
+        if not was_ready and self._model is None:
             self._hopeless = str(failure)  # it has never served: trying again would not help
         elif self._losses_within(now) > self.config.max_restarts:
             self._hopeless = (
@@ -405,6 +411,32 @@ class Engine:
                 if death.rank != failure.rank and "died: signal" in death.sentence:
                     return GangFailed(death.sentence, death.rank, cause=Cause.DIED)
             time.sleep(0.005)
+        return self._lost_node(failure)
+
+    def _lost_node(self, failure: GangFailed) -> GangFailed:
+        """Ray takes long to see that a node is lost: the one whose ranks say nothing more is."""
+        gang, link = self._gang, self._link
+        if gang is None or link is None:
+            return failure
+        unheard = gang.nodes()
+        unheard.pop(self.node_ip, None)  # what dies there is seen
+        heard = {failure.rank}
+        wait_s = LOST_NODE_BEATS * self.config.beat_ms / 1000
+        deadline = time.monotonic() + wait_s
+        while True:
+            heard |= {rank for rank, _ in link.receive()}
+            unheard = {ip: ranks for ip, ranks in unheard.items() if heard.isdisjoint(ranks)}
+            left_s = deadline - time.monotonic()
+            if not unheard or left_s <= 0:
+                break
+            link.socket.poll(round(left_s * 1000))
+        for ip, ranks in unheard.items():
+            return GangFailed(
+                f"node {ip} is lost: its ranks {ranks} have said nothing for {wait_s:.1f} s, and "
+                f"{failure}",
+                ranks[0],
+                cause=Cause.SILENT,
+            )
         return failure
 
     def _losses_within(self, now: float) -> int:
@@ -616,7 +648,8 @@ class Engine:
             failed, scheduler.failed = scheduler.failed, []
             for request in failed:
                 identity, number = request.key
-                log.warning("request %d ended: %s", number, request.failure)
+                known = {"epoch": self._epoch}
+                log.warning("request %d ended: %s", number, request.failure, extra=known)
                 self._requests.pop(request.key, None)
                 self._count(request)
                 self.counters.num_poisoned += request.failure == NUMERICAL_ERROR

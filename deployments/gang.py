@@ -190,7 +190,7 @@ class Gang:
         silent = [rank for rank, heard in self._last_heard.items() if now - heard > silence]
         if silent:
             raise GangFailed(
-                f"ranks {silent} have not been heard for {silence:.1f} s "
+                f"{self._named(silent)} have not been heard for {silence:.1f} s "
                 f"(heartbeats are {self.config.beat_ms} ms apart)",
                 silent[0],
                 cause=Cause.SILENT,
@@ -221,9 +221,32 @@ class Gang:
         """Seconds since the oldest step under way was sent; 0 when there is none."""
         return max((now - sent for sent in self._sent_at.values()), default=0.0)
 
+    def step_of(self, rank: int | None) -> int | None:
+        """The oldest step under way of the rank's domain, or of any; None when there is none."""
+        domains = self.domains
+        if rank is not None and domains:
+            domains = [domains[self.layout.coordinates(rank).domain]]
+        return min((d.under_way[0].number for d in domains if d.under_way), default=None)
+
     def where(self) -> list[Hello]:
         """What each rank said of itself: node, process, device."""
         return [hello for _, hello in sorted(self._hello.items())]
+
+    def nodes(self) -> dict[str, list[int]]:
+        """The ranks of every node, by its address; of those that have said Hello."""
+        found: dict[str, list[int]] = {}
+        for hello in self.where():
+            found.setdefault(hello.node_ip, []).append(hello.rank)
+        return found
+
+    def _named(self, silent: list[int]) -> str:
+        """These ranks, and the nodes of several that say nothing at all."""
+        nodes = self.nodes()
+        lost = [ip for ip, ranks in nodes.items() if len(nodes) > 1 and set(ranks) <= set(silent)]
+        if not lost:
+            return f"ranks {silent}"
+        what = "node" if len(lost) == 1 else "nodes"
+        return f"ranks {silent}, with all of {what} {', '.join(lost)},"
 
     def stop(self) -> None:
         """Tell every rank to leave."""

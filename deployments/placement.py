@@ -11,7 +11,7 @@ does what is decided here.
     'needs 4 GPUs on one node; the largest node has 2 free'
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -25,6 +25,7 @@ class NodeFree(NamedTuple):
     ip: str
     gpus: float
     cpus: float
+    node_id: str = ""
 
 
 class Seat(NamedTuple):
@@ -72,6 +73,13 @@ class Need:
         if self.gpus_per_rank:
             bundle["GPU"] = self.gpus_per_node
         return [dict(bundle) for _ in range(self.num_nodes)]
+
+    def selectors(self, avoided: Collection[str]) -> list[dict[str, str]] | None:
+        """Ray's label selectors of the bundles, so that none goes to a node of these ids."""
+        if not avoided:
+            return None
+        selector = {"ray.io/node-id": f"!in({','.join(sorted(avoided))})"}
+        return [dict(selector) for _ in range(self.num_nodes)]
 
     @property
     def strategy(self) -> Literal["STRICT_PACK", "STRICT_SPREAD"]:

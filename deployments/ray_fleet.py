@@ -11,12 +11,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from enum import Enum
 from typing import Any
 
 import msgspec
 import ray
 from ray._private import state
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import ActorDiedError, RayError, RayTaskError
 from ray.util.placement_group import (
     PlacementGroup,
     placement_group,
@@ -34,6 +35,9 @@ from workers.spec import WorkerSpec
 
 END_TIMEOUT_S = 3.0
 """For an actor to end its rank; one that takes longer is ended itself."""
+
+ROOM_WAIT_S = 2.0
+"""For Ray to count what was just released, before a node that does not answer is asked again."""
 
 PROGRESS_S = 1.0
 LOOK_AGAIN_S = 0.5
@@ -93,8 +97,9 @@ class RayFleet:
 
     Group and actors are kept from epoch to epoch while all of them live, so a restart costs forks,
     and nobody else takes the GPUs in between. When an actor is lost, `kill` releases everything,
-    and the next `start` looks for room again. `progress` hears one sentence a second of what is
-    missing while the cluster is too small; after `cluster_wait_s` that is an error.
+    and the next `start` looks for room again: first on other nodes than one that did not answer,
+    which Ray goes on to count for a quarter of a minute. `progress` hears one sentence a second of
+    what is missing while the cluster is too small; after `cluster_wait_s` that is an error.
     """
 
     def __init__(
@@ -110,6 +115,8 @@ class RayFleet:
         self._group: PlacementGroup | None = None
         self._hosts: list[Any] = []
         self._seats: list[Seat] = []
+        self._silent: dict[str, str] = {}
+        """Addresses of nodes that did not answer when ranks were ended last, by their ids."""
         self._pidfds: list[int] = []
         """Of the actors on this node: what Ray does not end is ended by it."""
         self._watch: Watch | None = None
@@ -150,7 +157,11 @@ class RayFleet:
 
     def _reserve(self, need: Need) -> PlacementGroup:
         """The placement group, once the cluster has room for it."""
-        group = self._group = placement_group(need.bundles(), strategy=need.strategy)
+        group = self._group = placement_group(
+            need.bundles(),
+            strategy=need.strategy,
+            bundle_label_selector=need.selectors(self._avoided(need)),
+        )
         began = told = time.monotonic()
         while state_of(group) != "CREATED":
             time.sleep(0.02)
@@ -158,7 +169,7 @@ class RayFleet:
             if now - told < PROGRESS_S and now - began < self._cluster_wait_s:
                 continue
             told = now
-            missing = need.shortage(free_nodes()) or ClusterError(
+            missing = self._shortage(need) or ClusterError(
                 f"needs {need.num_nodes} placement bundles of {need.bundles()[0]}; Ray has not "
                 "placed them, though the nodes seem to have room"
             )
@@ -166,6 +177,22 @@ class RayFleet:
             if now - began >= self._cluster_wait_s:
                 raise missing
         return group
+
+    def _avoided(self, need: Need) -> list[str]:
+        """Ids of the nodes to do without: silent ones, if there is room on the others."""
+        deadline = time.monotonic() + ROOM_WAIT_S
+        while self._silent and time.monotonic() < deadline:
+            if self._shortage(need) is None:
+                return list(self._silent)
+            time.sleep(0.1)
+        return []
+
+    def _shortage(self, need: Need) -> ClusterError | None:
+        """What is missing on the nodes that answer."""
+        short = need.shortage([node for node in free_nodes() if node.node_id not in self._silent])
+        if short is None or not self._silent:
+            return short
+        return ClusterError(f"{short}; no answer from {', '.join(self._silent.values())}")
 
     def _seat(
         self, group: PlacementGroup, need: Need, preload: str, timeout_s: float
@@ -237,11 +264,14 @@ class RayFleet:
 
     def _end_ranks(self) -> bool:
         """Ends the ranks and keeps their hosts; False if a host does not answer."""
-        try:
-            ray.get([host.end.remote() for host in self._hosts], timeout=END_TIMEOUT_S)
-        except RayError:
-            return False
-        return True
+        ends = [host.end.remote() for host in self._hosts]
+        ray.wait(ends, num_returns=len(ends), timeout=END_TIMEOUT_S)
+        answers = [answered(end) for end in ends]
+        heard = {ray.get_runtime_context().get_node_id()}
+        told = list(zip(self._seats, answers, strict=False))  # a start that failed has no seats
+        heard |= {seat.node_id for seat, answer in told if answer is not Answer.NONE}
+        self._silent = {seat.node_id: seat.node_ip for seat, _ in told if seat.node_id not in heard}
+        return all(answer is Answer.DONE for answer in answers)
 
     def _release(self) -> None:
         """Gives everything back: ranks, actors, placement group."""
@@ -308,6 +338,26 @@ class Watch:
                     os.eventfd_write(self._wake, 1)
 
 
+class Answer(Enum):
+    """What a host said when it was asked to end its rank."""
+
+    DONE = "done"
+    DEAD = "dead"
+    """Ray says that the actor is dead: its node has been heard of, or given up."""
+    NONE = "none"
+
+
+def answered(end: Any) -> Answer:
+    """Does not wait."""
+    try:
+        ray.get(end, timeout=0)
+    except (ActorDiedError, RayTaskError):
+        return Answer.DEAD
+    except RayError:
+        return Answer.NONE
+    return Answer.DONE
+
+
 def how_it_ended(wait: Any) -> str:
     try:
         return ray.get(wait)
@@ -342,7 +392,9 @@ def free_nodes() -> list[NodeFree]:
     # NOTE: Ray has no public call for this; `ray.available_resources()` sums over the nodes.
     available = state.available_resources_per_node()
     return [
-        NodeFree(node["NodeManagerAddress"], free.get("GPU", 0.0), free.get("CPU", 0.0))
+        NodeFree(
+            node["NodeManagerAddress"], free.get("GPU", 0.0), free.get("CPU", 0.0), node["NodeID"]
+        )
         for node in ray.nodes()
         if node["Alive"] and (free := available.get(node["NodeID"])) is not None
     ]

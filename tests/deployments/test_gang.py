@@ -147,8 +147,24 @@ def test_a_silent_rank_is_named_after_eight_beats():
     for rank in (0, 1, 3):
         one.on_message(rank, Beat(1, rank, 0), 3.0)
     one.check(2.9)
-    with pytest.raises(GangFailed, match=r"ranks \[2\] have not been heard for 2.0 s"):
+    with pytest.raises(GangFailed) as caught:
         one.check(3.1)
+    assert str(caught.value) == (
+        "ranks [2], with all of node 10.0.0.2, have not been heard for 2.0 s "
+        "(heartbeats are 250 ms apart)"
+    )
+
+
+def test_a_silent_rank_of_a_node_that_speaks_is_named_alone():
+    one, _ = gang()
+    for rank in range(4):
+        said = Hello(PROTOCOL_VERSION, 1, rank, f"10.0.0.{rank // 2}", rank, "cpu", 0)
+        one.on_message(rank, said, 1.0)
+    assert one.nodes() == {"10.0.0.0": [0, 1], "10.0.0.1": [2, 3]}
+    for rank in (0, 1, 3):
+        one.on_message(rank, Beat(1, rank, 0), 20.0)
+    with pytest.raises(GangFailed, match=r"ranks \[2\] have not been heard for 30.0 s"):
+        one.check(32.0)
 
 
 def beat_all(one, now, behind=()):
@@ -166,6 +182,8 @@ def test_the_rank_that_has_not_begun_a_late_step_is_named():
     with pytest.raises(GangFailed, match=r"ranks \[1\] have not begun step 0 within 5 s") as caught:
         one.check(7.1)
     assert caught.value.rank == 1
+    assert (one.step_of(1), one.step_of(None)) == (0, 0)
+    assert one.step_of(3) is None, "its domain has no step under way"
 
 
 def test_a_late_step_that_all_have_begun_names_those_not_done():

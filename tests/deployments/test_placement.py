@@ -32,6 +32,11 @@ def test_one_node_is_packed_and_several_are_spread():
     assert need(2, 4).strategy == "STRICT_SPREAD"
 
 
+def test_nodes_can_be_done_without():
+    assert need(2, 4).selectors([]) is None
+    assert need(2, 4).selectors(["b", "a"]) == [{"ray.io/node-id": "!in(a,b)"}] * 2
+
+
 def test_nothing_is_missing_where_it_fits():
     assert need(2, 4).shortage(nodes(4, 8)) is None
 

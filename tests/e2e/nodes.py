@@ -104,6 +104,11 @@ class Host:
         folder.mkdir()
 
     @property
+    def address(self):
+        """Of the cluster, if this is its first node."""
+        return f"{self.ip}:{GCS}"
+
+    @property
     def dashboard(self):
         return f"http://{self.ip}:{DASHBOARD}"
 
@@ -143,7 +148,7 @@ class Host:
 
     def join(self, head, *words):
         """Become a node of `head`'s cluster; returns before it is one."""
-        self._start(f"--address={head.ip}:{GCS}", *words)
+        self._start(f"--address={head.address}", *words)
 
     def await_up(self, *, dashboard=False):
         self._await(lambda: "Ray runtime started" in self.said())

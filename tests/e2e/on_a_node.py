@@ -1,7 +1,7 @@
 """What tests have done on a node of a cluster that they cannot enter themselves.
 
-    python -m tests.e2e.on_a_node serve '{"port": 8000, "driver_on": "head", ...}'
-    python -m tests.e2e.on_a_node ask
+    python -m tests.e2e.on_a_node 10.0.0.2:6379 serve '{"port": 8000, "driver_on": "head", ...}'
+    python -m tests.e2e.on_a_node 10.0.0.2:6379 ask
 
 `serve` deploys the service and both print, as JSON, where its ranks are and where it is heard.
 """
@@ -42,8 +42,8 @@ def where():
     return told
 
 
-def main(verb, options="{}"):
-    ray.init(address="auto", log_to_driver=False, logging_level="error")
+def main(address, verb, options="{}"):
+    ray.init(address=address, log_to_driver=False, logging_level="error")
     if verb == "serve":
         deploy(**json.loads(options))
     print(json.dumps(where()))

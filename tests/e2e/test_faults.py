@@ -35,7 +35,9 @@ pytestmark = pytest.mark.timeout(60)
         ("stop", 0, r"ranks \[0\] have not been heard for 2.0 s"),
     ],
 )
-def test_a_faulty_rank_is_named_and_every_answer_is_right(monkeypatch, action, rank, sentence):
+def test_a_faulty_rank_is_named_and_every_answer_is_right(
+    monkeypatch, caplog, action, rank, sentence
+):
     fault = {"action": action, "rank": rank, "step": 6}
     monkeypatch.setenv("LOCKSTEP_FAILPOINTS", json.dumps([fault]))
     with LLM(tp_size=2, device="cpu", kv_cache_gb=0.1, step_timeout_s=3.0) as llm:
@@ -44,6 +46,10 @@ def test_a_faulty_rank_is_named_and_every_answer_is_right(monkeypatch, action, r
     assert answers == [answer(question) for question in QUESTIONS]
     assert counters.num_recoveries == 1
     assert re.match(sentence, counters.last_failure)
+    (line,) = [one for one in caplog.records if " is over: " in one.getMessage()]
+    assert (line.epoch, line.rank) == (1, rank if action != "corrupt_ids" else 1)
+    # The overlap has another step under way; one that disagrees is over already.
+    assert line.step in range(5, 9)
 
 
 def test_sampled_answers_survive_too(monkeypatch):
