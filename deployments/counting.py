@@ -86,7 +86,10 @@ class Histogram:
 
 @dataclass(slots=True)
 class RequestCounts:
-    """One ingress's generations since it started; one HTTP request may be several."""
+    """One ingress's generations since it started; one HTTP request may be several.
+
+    A request that is turned away at the door (no key, no such route or model) counts as one.
+    """
 
     received: int = 0
     rejected: int = 0

@@ -335,7 +335,11 @@ async def _models(service: Service, exchange: Exchange, tenant: str) -> None:
 
 
 async def _model_named(service: Service, exchange: Exchange, tenant: str) -> None:
-    check_model(exchange.path.removeprefix(MODEL_PREFIX), service.model)
+    try:
+        check_model(exchange.path.removeprefix(MODEL_PREFIX), service.model)
+    except NotFound:
+        service.client.counts.turn_away(Outcome.REJECTED)
+        raise
     await exchange.answer(200, encode_json(_model(service)))
 
 
@@ -464,7 +468,16 @@ ROUTES: Mapping[str, tuple[str, Handler]] = {
 
 
 def _route(service: Service, exchange: Exchange) -> tuple[Handler, str]:
-    """The handler of an exchange and its tenant; only open routes need no key."""
+    """The handler of an exchange and its tenant; who is turned away here is counted."""
+    try:
+        return _find_route(service, exchange)
+    except ServiceError:
+        service.client.counts.turn_away(Outcome.REJECTED)
+        raise
+
+
+def _find_route(service: Service, exchange: Exchange) -> tuple[Handler, str]:
+    """Only open routes need no key."""
     open_to_all = OPEN_ROUTES.get(exchange.path)
     if open_to_all is not None:
         _check_method(exchange.method, "GET")

@@ -1,8 +1,9 @@
 """What the engine tells Prometheus: one endpoint, on the driver's own port, for all ranks.
 
 Ranks' figures come with their acks and ingresses' with their heartbeats, so a scrape asks nobody.
-Requests are counted where HTTP is spoken, by the ingresses, one for each generation; of an ingress
-that died, those still in flight count as failed, so that in every scrape
+Requests are counted where HTTP is spoken, by the ingresses, one for each generation, and one for
+each that was turned away at the door (401, 404, 405); of an ingress that died, those still in
+flight count as failed, so that in every scrape
 
     received = rejected + finished + failed + cancelled + in flight.
 
@@ -55,7 +56,11 @@ class EngineCollector:
     def _requests(self) -> Iterator[Metric]:
         """What clients saw, all ingresses together."""
         totals = self._engine.accounts.totals()
-        yield _counter("requests_received", "Generations asked for", totals.received)
+        yield _counter(
+            "requests_received",
+            "Generations asked for",
+            totals.received,
+        )
         ended = CounterMetricFamily(
             "lockstep_requests_ended", "Generations by how they ended", labels=["outcome"]
         )

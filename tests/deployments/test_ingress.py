@@ -467,6 +467,7 @@ def test_a_key_opens_every_route_but_the_probes():
                 response = front.http.request(method, path, headers=header)
                 check_error(response, 401, code="invalid_api_key")
                 assert response.headers["www-authenticate"] == "Bearer"
+        assert (front.client.counts.received, front.client.counts.rejected) == (9, 9)
         salts = set()
         for key in ("plain-key", "key"):
             headers = {"authorization": f"Bearer {key}"}

@@ -202,12 +202,23 @@ async def ends(http, url, kind):
         body = chat("What is 1+2?", n=99)
     elif kind == "unreadable":
         body = chat("?", temperature="hot")
+    elif kind == "unknown model":
+        body = chat("?", model="another")
+    elif kind == "no such route":
+        assert (await http.get(f"{url}/v1/models/another")).status_code == 404
+        assert (await http.get(f"{url}/v1/chat/completions")).status_code == 405
+        assert (await http.post(f"{url}/v1/embeddings", json={})).status_code == 404
+        assert (await http.get(f"{url}/v1/models")).status_code == 200  # asks for nothing
+        return ["rejected"] * 3
     response = await http.post(f"{url}/v1/chat/completions", json=body)
-    outcome = {200: "finished", 400: "rejected", 429: "rejected", 503: "failed"}
+    outcome = {200: "finished", 400: "rejected", 404: "rejected", 429: "rejected", 503: "failed"}
     return [outcome[response.status_code]] * num
 
 
-KINDS = ("chat", "two", "stop string", "wrong", "unreadable", "leave")
+KINDS = (
+    *("chat", "two", "stop string", "wrong", "unreadable", "unknown model", "no such route"),
+    "leave",
+)
 
 
 async def hammer(fronts, num, seed=0):
