@@ -108,7 +108,7 @@ def add_serve_flags(parser: argparse.ArgumentParser) -> None:
         what, "num_prefixes", int, "different shared beginnings",
         "--prefix-repetition-num-prefixes",
     )  # fmt: skip
-    add(what, "max_token_id", int, "highest id in random prompts")
+    add(what, "max_token_id", int, "highest id in random prompts, one that the model has")
     add(what, "seed", int, "of prompts and arrivals")
     add(what, "temperature", float, "sent with every request")
     add(what, "ignore_eos", None, "answers have their full length", action="store_true")

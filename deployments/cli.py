@@ -116,7 +116,7 @@ def _add_bench(commands: Any) -> None:
     offline = benchmarks.add_parser(
         "offline",
         allow_abbrev=False,
-        help="without HTTP, one JSON line a case; --model may be a preset: 0.6b, 8b, 30b-a3b",
+        help="no HTTP, one JSON line a case; --model may be a preset: 0.6b, 8b, 30b-a3b, v2-lite",
     )
     _add_settings(offline, EngineConfig)
     serve = benchmarks.add_parser(
@@ -126,7 +126,7 @@ def _add_bench(commands: Any) -> None:
     step = benchmarks.add_parser(
         "step",
         allow_abbrev=False,
-        help="where a decode step's time goes; --model may be a preset",
+        help="where a decode step's time goes; --model may be one of the same presets",
     )
     add_step_flags(step)
     _add_settings(step, EngineConfig)

@@ -5,6 +5,8 @@ import pytest
 from deployments.bench import PRESETS, Bench, Workload, WrongAnswer, offline
 from deployments.cli import main
 from deployments.llm import Answer
+from workers.architectures import plan_of
+from workers.config import EngineConfig
 from workers.models import read_model_config
 
 SMALL = Workload(
@@ -40,7 +42,9 @@ def test_every_case_is_one_json_line():
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_are_models_we_know(name, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(PRESETS[name]))
-    assert read_model_config(tmp_path).vocab_size == 151936
+    found = read_model_config(tmp_path)
+    assert found.vocab_size == (102400 if name == "v2-lite" else 151936)
+    assert plan_of(EngineConfig(model=str(tmp_path))).row_multiple == 1
 
 
 class Liar:
