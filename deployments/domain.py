@@ -9,12 +9,12 @@ Pure: no clock, no socket. The engine sends what `next_step` returns and feeds a
 """
 
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from deployments.scheduler import Accepted, Plan, Scheduler
 from parallel.layout import Layout
-from parallel.padding import align_rows, pad_rows
+from parallel.padding import align_rows, choose_bucket, pad_rows
 from workers.protocol import (
     LEDGER_HALF,
     Ack,
@@ -79,11 +79,13 @@ class Domain:
         depth: int,
         row_multiple: int = 1,
         shares_rows: bool = False,
+        buckets: Sequence[int] = (),
     ) -> None:
         """`depth` steps may be under way at once: 2 overlaps planning with computing.
 
         `row_multiple` and `shares_rows` are the collective plan's: what a replica's rows are padded
-        to a multiple of, and whether rows of different replicas meet.
+        to a multiple of, and whether rows of different replicas meet. `buckets` are the rows of the
+        decode graphs that all ranks have captured.
         """
         self.index = index
         self.ranks = layout.domain_ranks(index)
@@ -94,6 +96,7 @@ class Domain:
         self.num_steps = 0
         self._row_multiple = row_multiple
         self._shares_rows = shares_rows
+        self._buckets = tuple(buckets)
         self._previous = b""
         self.under_way: deque[Step] = deque()
 
@@ -108,7 +111,7 @@ class Domain:
         bodies = [encode(plan.body) for plan in plans]
         num_rows = tuple(plan.num_rows for plan in plans)
         mode = _mode(plans)
-        padding, padded_rows = self._pad(num_rows, mode)
+        bucket, padding, padded_rows = self._pad(num_rows, mode)
         told = Header(
             epoch=self.epoch,
             step=number,
@@ -117,7 +120,7 @@ class Domain:
             num_logit_rows=tuple(len(plan.sampled) for plan in plans),
             padding=padding,
             padded_rows=padded_rows,
-            bucket=0,
+            bucket=bucket,
             bodies=tuple(digest(body) for body in bodies),
             previous=self._previous,
             num_prompt_rows=self._num_prompt_rows(plans),
@@ -130,14 +133,21 @@ class Domain:
         self.under_way.append(step)
         return step
 
-    def _pad(self, num_rows: tuple[int, ...], mode: int) -> tuple[int, tuple[int, ...]]:
-        """How many rows each replica computes: MLP sync, at no collective."""
-        if not self._shares_rows:
-            return Padding.NONE, align_rows(num_rows, self._row_multiple)
+    def _pad(self, num_rows: tuple[int, ...], mode: int) -> tuple[int, int, tuple[int, ...]]:
+        """(bucket, padding, how many rows each replica computes): MLP sync, at no collective.
+
+        The bucket comes first: if all replicas decode or are idle, every rank replays its graph.
+        """
         has_prompts = mode in (Mode.EXTEND, Mode.MIXED)
+        bucket = 0 if has_prompts else choose_bucket(num_rows, self._buckets)
+        if bucket:
+            padding = Padding.MAX_LEN if self._shares_rows else Padding.NONE
+            return bucket, padding, (bucket,) * len(num_rows)
+        if not self._shares_rows:
+            return 0, Padding.NONE, align_rows(num_rows, self._row_multiple)
         padded = pad_rows(num_rows, has_prompts=has_prompts, row_multiple=self._row_multiple)
         modes = {"max_len": Padding.MAX_LEN, "sum_len": Padding.SUM_LEN}
-        return modes[padded.mode], padded.rows
+        return 0, modes[padded.mode], padded.rows
 
     def _num_prompt_rows(self, plans: Sequence[Plan]) -> tuple[int, ...]:
         """For a head that spans replicas, which all ranks must come to equally often."""
@@ -232,14 +242,18 @@ def _ids(ack: Ack) -> bytes:
     return ack.ids
 
 
+def odd_ones(values: Mapping[int, bytes]) -> tuple[list[int], list[int]]:
+    """Ranks that say something else than most, and those; of two, the later one is odd."""
+    common = Counter(values.values()).most_common(1)[0][0]
+    odd = [rank for rank, value in values.items() if value != common]
+    return odd, [rank for rank in values if rank not in odd]
+
+
 def _same(step: Step, ranks: list[int], what: Callable[[Ack], bytes], sentence: str) -> None:
     """All `ranks` must report the same; the odd one out is named, or the later one of two."""
-    values = [what(step.acks[rank]) for rank in ranks]
-    if values.count(values[0]) == len(values):
+    odd, others = odd_ones({rank: what(step.acks[rank]) for rank in ranks})
+    if not odd:
         return
-    common = Counter(values).most_common(1)[0][0]
-    odd = [rank for rank, value in zip(ranks, values, strict=True) if value != common]
-    others = [rank for rank in ranks if rank not in odd]
     raise Desync(
         odd[0],
         f"ranks {odd} {sentence} than ranks {others} in step {step.number}: "

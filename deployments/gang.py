@@ -14,11 +14,12 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from deployments.deadlock import Waits
-from deployments.domain import Desync, Domain, StepDone
+from deployments.domain import Desync, Domain, StepDone, odd_ones
 from deployments.scheduler import Plan, Scheduler
 from workers.architectures import plan_of
 from workers.config import EngineConfig
 from workers.protocol import (
+    LEDGER_HALF,
     PROTOCOL_VERSION,
     Ack,
     Beat,
@@ -81,6 +82,8 @@ class Model:
     stop_token_ids: tuple[int, ...]
     num_pages: int
     """Pages of each replica."""
+    buckets: tuple[int, ...] = ()
+    """Rows of the decode graphs that all ranks capture."""
 
 
 class MaskDue(NamedTuple):
@@ -115,7 +118,7 @@ class Gang:
         self._on_progress = on_progress
         self._hello: dict[int, Hello] = {}
         self._ready: dict[int, Ready] = {}
-        self._started: set[int] = set()
+        self._started: dict[int, Started] = {}
         self._progress: dict[int, Progress] = {}
         self._started_at = now
         self._last_heard: dict[int, float] = {}
@@ -147,7 +150,7 @@ class Gang:
             case Ready():
                 self._on_ready(message)
             case Started():
-                self._on_started(rank)
+                self._on_started(message)
             case Failed():
                 raise GangFailed(f"rank {rank} failed: {message.reason}", rank)
         return []
@@ -301,8 +304,13 @@ class Gang:
             return
         every = list(self._ready.values())
         num_pages = min(one.max_pages for one in every)
+        common = set.intersection(*(set(one.buckets) for one in every))
         self.model = Model(
-            every[0].max_model_len, every[0].vocab_size, every[0].stop_token_ids, num_pages
+            every[0].max_model_len,
+            every[0].vocab_size,
+            every[0].stop_token_ids,
+            num_pages,
+            tuple(sorted(common)),
         )
         longest = self.model.max_model_len
         if num_pages * self.config.page_size < longest:
@@ -315,10 +323,11 @@ class Gang:
         for rank in self._ready:
             self._send(rank, b"m", message)
 
-    def _on_started(self, rank: int) -> None:
-        self._started.add(rank)
+    def _on_started(self, started: Started) -> None:
+        self._started[started.rank] = started
         if len(self._started) < self.layout.world_size or self.model is None:
             return
+        self._refuse_unlike_graphs()
         for index in range(self.layout.num_domains):
             schedulers = [
                 Scheduler(
@@ -340,9 +349,32 @@ class Gang:
                     depth=depth,
                     row_multiple=self.plan.row_multiple,
                     shares_rows=self.plan.crosses_replicas,
+                    buckets=self.model.buckets,
                 )
             )
         self.serving = True
+
+    def _refuse_unlike_graphs(self) -> None:
+        """Ranks must have captured the same collectives, from the same slots at the same offsets.
+
+        As in a step's ledger, those that reach over replicas are compared between all ranks of a
+        domain, the others within each replica.
+        """
+        layout = self.layout
+        for domain in range(layout.num_domains):
+            halves = [(layout.domain_ranks(domain), slice(0, LEDGER_HALF))]
+            for replica in range(layout.num_replicas):
+                ranks = layout.replica_ranks(domain, replica)
+                halves.append((ranks, slice(LEDGER_HALF, None)))
+            for ranks, half in halves:
+                odd, others = odd_ones({r: self._started[r].captured[half] for r in ranks})
+                if odd:
+                    raise GangFailed(
+                        f"ranks {odd} captured other collectives in their graphs than ranks "
+                        f"{others}: nothing was replayed",
+                        odd[0],
+                        cause=Cause.DESYNC,
+                    )
 
     def _show_progress(self) -> None:
         """One line for all ranks: where the slowest is."""

@@ -3,7 +3,7 @@
     probs = softmax(logits);   the K highest, highest first, the lowest number first among equals;
     with `normalise` their probabilities are divided by their sum
 
-`count_choices` adds up how often each expert was chosen.
+`count_choices` adds up how often each expert was chosen, and takes padding's choices away.
 
 When to use: on a GPU, for up to 1024 experts. One launch, where torch takes five.
 
@@ -56,11 +56,25 @@ def _route_kernel(
 
 
 @triton.jit(do_not_specialize=["num_choices"])
-def _count_kernel(expert_ptr, count_ptr, num_choices, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def _count_kernel(
+    expert_ptr,
+    count_ptr,
+    live_ptr,
+    num_choices,
+    none,
+    CHOSEN: tl.constexpr,
+    MASKED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
     choices = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = choices < num_choices
     begin(PDL)
     experts = tl.load(expert_ptr + choices, mask=inside, other=0)
+    if MASKED:
+        live = tl.load(live_ptr + choices // CHOSEN, mask=inside, other=0)
+        experts = tl.where(live != 0, experts, none)
+        tl.store(expert_ptr + choices, experts, mask=inside)
     one = tl.full((BLOCK,), 1, tl.int64)
     tl.atomic_add(count_ptr + experts, one, mask=inside, sem="relaxed")
 
@@ -94,18 +108,35 @@ def route_experts(logits_TE: Tensor, num_chosen: int, *, normalise: bool) -> tup
     return weight_TK, expert_TK
 
 
-def count_choices(expert_TK: Tensor, counts_E: Tensor) -> None:
-    """Add to int64 `counts_E` how often each expert is in `expert_TK`."""
+def count_choices(expert_TK: Tensor, counts_E: Tensor, live_T: Tensor | None = None) -> None:
+    """Add to int64 `counts_E` how often each expert is in `expert_TK`; its last place counts none.
+
+    Rows that are not `live` (bool) choose none from here on: `expert_TK` is changed in place.
+    """
     refuse_unless(
         expert_TK.is_contiguous() and counts_E.dtype == torch.int64,
         "choices must be contiguous and counts int64",
+    )
+    refuse_unless(
+        live_T is None or (live_T.is_contiguous() and live_T.shape == expert_TK.shape[:1]),
+        f"which of {len(expert_TK)} rows are live must be said of each",
     )
     num_choices = expert_TK.numel()
     if num_choices == 0:
         return
     pdl = has_pdl(expert_TK)
     _count_kernel[(triton.cdiv(num_choices, 256),)](
-        expert_TK, counts_E, num_choices, BLOCK=256, PDL=pdl, num_warps=4, launch_pdl=pdl
+        expert_TK,
+        counts_E,
+        counts_E if live_T is None else live_T.view(torch.uint8),
+        num_choices,
+        len(counts_E) - 1,
+        CHOSEN=expert_TK.shape[1],
+        MASKED=live_T is not None,
+        BLOCK=256,
+        PDL=pdl,
+        num_warps=4,
+        launch_pdl=pdl,
     )
 
 

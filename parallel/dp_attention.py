@@ -126,6 +126,8 @@ class RowSplit:
         self.uses_slots = len(self.shares) * self.longest <= 2 * self.total
         """Uneven shares are exchanged in slots of the longest, not summed in one buffer."""
         self._rows, self._num_real, self._device = rows, num_real, device
+        self._replica = replica
+        self._num_live_P: Tensor | None = None
         self._slots: Tensor | None = None
         self._live: dict[Rows, Tensor | None] = {}
 
@@ -140,13 +142,35 @@ class RowSplit:
             self._slots = torch.cat(parts).to(self._device)
         return self._slots
 
+    def follow(self, num_live_P: Tensor) -> None:
+        """From here on which rows are tokens is read off `num_live_P` when kernels run.
+
+        For a step that is captured: its replicas are padded alike, and how many of a replica's rows
+        are tokens changes from one replay to the next. Called at the beginning of every pass.
+        """
+        self._num_live_P = num_live_P
+        self._live.clear()
+
     def live(self, rows: Rows) -> Tensor | None:
         """Which rows are tokens (bool), in a layout; None if all are."""
-        if self._rows == self._num_real:
+        if self._num_live_P is None and self._rows == self._num_real:
             return None
         if rows not in self._live:
-            self._live[rows] = self._live_rows(rows).to(self._device)
+            counts_P = self._num_live_P
+            self._live[rows] = (
+                self._live_rows(rows).to(self._device)
+                if counts_P is None
+                else self._rows_below(counts_P, rows)
+            )
         return self._live[rows]
+
+    def _rows_below(self, num_live_P: Tensor, rows: Rows) -> Tensor:
+        """Computed on the device; all replicas have equally many rows."""
+        place_T = torch.arange(self.num_rows, device=num_live_P.device)
+        if rows is Rows.FULL:
+            return (place_T < num_live_P.unsqueeze(1)).flatten()
+        own_T = place_T < num_live_P[self._replica]
+        return own_T if rows is Rows.TP_ATTN_FULL else own_T[self.share]
 
     def _live_rows(self, rows: Rows) -> Tensor:
         if rows is Rows.FULL:

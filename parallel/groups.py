@@ -121,9 +121,7 @@ class Ledger:
         calls, self._calls = self._calls, []
         if calls != self._last:
             self._last = calls
-            shared = [call for call in calls if call.is_shared]
-            own = [call for call in calls if not call.is_shared]
-            self._last_digest = _digest(shared) + _digest(own)
+            self._last_digest = digest_of(calls)
             paths = ((call.group, call.op, call.path, call.reason) for call in calls if call.path)
             self._last_counts = Counter(paths)
         for key, count in self._last_counts.items():
@@ -142,6 +140,12 @@ class Ledger:
     def forget_last(self) -> None:
         """As if the last collective had not been called, for planted faults."""
         self._calls.pop()
+
+
+def digest_of(calls: Sequence[Call]) -> bytes:
+    """Of the calls that all ranks of the domain make, then of those inside one replica."""
+    shared = [call for call in calls if call.is_shared]
+    return _digest(shared) + _digest([call for call in calls if not call.is_shared])
 
 
 def _digest(calls: Sequence[Call]) -> bytes:

@@ -10,12 +10,22 @@ through slots of the longest share or by summing one buffer, whichever moves les
     'max_len'
     >>> pad_rows((8, 8, 8, 7, 0, 0, 0, 0), has_prompts=False, row_multiple=1)
     Padded(mode='sum_len', rows=(8, 8, 8, 7, 0, 0, 0, 0))
+
+Steps of decodes alone are replayed from CUDA graphs, one for each bucket of rows. The bucket is
+chosen before anything else: every replica is padded to it, idle ones too.
+
+    >>> buckets_up_to(20), choose_bucket((3, 0), buckets_up_to(20))
+    ((1, 2, 3, 4, 5, 6, 7, 8, 16, 20), 3)
 """
 
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 PaddingMode = Literal["max_len", "sum_len"]
+
+SMALL_BUCKETS = range(1, 9)
+"""Few rows are never padded: at batch 1 to 8 kernels, and their tuning, see the true number."""
+BUCKET_STEP = 16
 
 
 class Padded(NamedTuple):
@@ -56,3 +66,16 @@ def align_rows(num_rows: Sequence[int], row_multiple: int) -> tuple[int, ...]:
     if row_multiple == 1:
         return tuple(num_rows)
     return tuple(-(-count // row_multiple) * row_multiple for count in num_rows)
+
+
+def buckets_up_to(max_num_seqs: int, row_multiple: int = 1) -> tuple[int, ...]:
+    """Rows of a replica for which a decode is captured; the last hold `max_num_seqs`."""
+    sizes = [*SMALL_BUCKETS, *range(BUCKET_STEP, max_num_seqs, BUCKET_STEP)]
+    sizes = [*(size for size in sizes if size < max_num_seqs), max_num_seqs]
+    return tuple(dict.fromkeys(align_rows(sizes, row_multiple)))
+
+
+def choose_bucket(num_rows: Sequence[int], buckets: Sequence[int]) -> int:
+    """The smallest bucket that holds every replica's rows; 0 if none does, or nobody has any."""
+    most = max(num_rows)
+    return next((bucket for bucket in buckets if 0 < most <= bucket), 0)

@@ -221,6 +221,27 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation(
         "S12",
+        "padding of a captured step is routed to experts",
+        "parallel/dp_attention.py",
+        "        if self._num_live_P is None and self._rows == self._num_real:\n",
+        "        if self._rows == self._num_real:\n",
+    ),
+    Mutation(
+        "S12",
+        "nobody compares what ranks have captured",
+        "deployments/gang.py",
+        "        self._refuse_unlike_graphs()\n",
+        "",
+    ),
+    Mutation(
+        "S12",
+        "idle replicas are not padded to the bucket",
+        "deployments/domain.py",
+        "            return bucket, padding, (bucket,) * len(num_rows)\n",
+        "            return bucket, padding, tuple(bucket if n else 0 for n in num_rows)\n",
+    ),
+    Mutation(
+        "S12",
         "memory is registered inside a capture",
         "parallel/arena.py",
         "        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():\n",

@@ -122,6 +122,9 @@ class ForwardBatch:
     attention: Attention
     counts: RowCounts | None = None
     """Rows of all replicas; None if there is one, without padding."""
+    num_live_P: Tensor | None = None
+    """int64, on the device: how many of each replica's rows are tokens, read when kernels run. Set
+    for a step that is captured, where `counts` say only how many rows there are."""
 
 
 class Chunk(NamedTuple):

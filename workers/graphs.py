@@ -5,14 +5,22 @@ takes the likeliest ids, leaves them as the slots' last tokens, moves each row o
 writes ids where the host reads them. While the same slots decode, a step is one launch and nothing
 else: no upload, no copy back. When the slots change, their numbers and positions are uploaded.
 
-Rows that fill a bucket up are the spare slot's: they write to a page that is nobody's.
+The driver chooses the bucket, the same for every rank: all replicas have so many rows in it, those
+that are idle too, so every collective has the same shape on all ranks. How many of each replica's
+rows are tokens lies in a small tensor that graphs read, and that is uploaded when it changes; from
+it they work out which rows are routed to experts and counted. Rows that fill a bucket up are the
+spare slot's: they write to a page that is nobody's.
+
+A graph works on slots of the symmetric arena, which stay where they are for good, and on memory
+that belongs to it alone. Its collectives are kept as the ledger recorded them at capture, and count
+at each replay; `captured` is what ranks compare before the first step.
 
 On a CPU nothing is captured and the same rows are run as they are, which is how it is tested.
 
-Shapes: B rows of a bucket, V vocabulary, S slots, R turns of the ring.
+Shapes: B rows of a bucket, P replicas, V vocabulary, S slots, R turns of the ring.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -21,26 +29,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kernels.decode_rows import Rows, close_rows, open_rows
-from parallel.groups import Call, Ledger
+from parallel.dp_attention import RowCounts
+from parallel.groups import Call, Ledger, digest_of
 from workers.batch import ForwardBatch, StepRows
 from workers.gpu_attention import DeviceTable, GpuAttention, Upload
 from workers.models import Model
 
 RING = 4
 """Steps whose ids the host may not have read yet; a worker has two in flight."""
-
-SMALL_BUCKETS = (1, 2, 4, 8)
-BUCKET_STEP = 16
-
-
-def buckets_up_to(max_num_seqs: int) -> list[int]:
-    """Sizes that are captured; the last is `max_num_seqs`.
-
-    >>> buckets_up_to(40)
-    [1, 2, 4, 8, 16, 32, 40]
-    """
-    sizes = [*SMALL_BUCKETS, *range(BUCKET_STEP, max_num_seqs, BUCKET_STEP)]
-    return [*(size for size in sizes if size < max_num_seqs), max_num_seqs]
 
 
 class Replayed(NamedTuple):
@@ -72,20 +68,26 @@ class DecodeGraphs:
         ledger: Ledger,
         *,
         page_size: int,
-        max_num_seqs: int,
+        buckets: Sequence[int],
+        num_replicas: int,
     ) -> None:
+        """`buckets` ascend; they are rows of each of `num_replicas`."""
         self._ledger = ledger
-        self.buckets = buckets_up_to(max_num_seqs)
+        self.buckets = tuple(buckets)
+        most_rows = self.buckets[-1]
         self._model, self._attention, self._table = model, attention, table
         self._page_size = page_size
         device = last_token_S.device
         self._device = device
-        self._slots_B = torch.full((max_num_seqs,), table.spare_slot, device=device)
-        self._positions_B = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
+        self._slots_B = torch.full((most_rows,), table.spare_slot, device=device)
+        self._positions_B = torch.zeros(most_rows, dtype=torch.int64, device=device)
+        self._num_live_P = torch.zeros(num_replicas, dtype=torch.int64, device=device)
+        self._num_live = (0,) * num_replicas
+        """What `_num_live_P` holds."""
         self._last_token_S = last_token_S
         self._turn_1 = torch.zeros(1, dtype=torch.int32, device=device)
         is_gpu = device.type == "cuda"
-        self._ring_R2B = torch.zeros(RING, 2, max_num_seqs, dtype=torch.int32, pin_memory=is_gpu)
+        self._ring_R2B = torch.zeros(RING, 2, most_rows, dtype=torch.int32, pin_memory=is_gpu)
         self._highest_RB = self._ring_R2B[:, 1].view(torch.float32)
         self._graphs: dict[int, _Graph] = {}
         self._pool = torch.cuda.graph_pool_handle() if is_gpu else None
@@ -101,13 +103,20 @@ class DecodeGraphs:
             self.capture_one(bucket)
         report(len(self.buckets), len(self.buckets))
 
+    @property
+    def captured(self) -> bytes:
+        """Digests of all graphs' collectives, like a step's: ranks must have captured the same."""
+        return digest_of(
+            [call for _, graph in sorted(self._graphs.items()) for call in graph.calls]
+        )
+
     def capture_one(self, bucket: int) -> None:
         rows = self._rows(bucket)
         logits_BV = self._run(rows)  # compiles, and makes what libraries make at first use
         self._num_turns += 1
-        self._ledger.cut()
+        calls = self._ledger.cut()
         if self._pool is None:
-            self._graphs[bucket] = _Graph(None, rows, logits_BV)
+            self._graphs[bucket] = _Graph(None, rows, logits_BV, calls)
             return
         torch.cuda.synchronize(self._device)
         graph = torch.cuda.CUDAGraph()
@@ -118,17 +127,18 @@ class DecodeGraphs:
             graph.capture_end()
         self._graphs[bucket] = _Graph(graph, rows, logits_BV, self._ledger.cut())
 
-    def bucket_of(self, num_rows: int) -> int:
-        """The smallest captured size that holds so many rows; 0 if none does."""
-        return next((bucket for bucket in self.buckets if 0 < num_rows <= bucket), 0)
-
     def forget_rows(self) -> None:
         """Another kind of step has run: rows on the device are no longer the newest."""
         self._slots = None
 
-    def launch(self, step: StepRows, bucket: int, upload: Upload) -> Replayed:
-        """Queue a step of decodes alone."""
+    def launch(
+        self, step: StepRows, bucket: int, num_live: tuple[int, ...], upload: Upload
+    ) -> Replayed:
+        """Queue a step of decodes alone; `num_live` are all replicas' rows, before padding."""
         num_rows = step.num_rows
+        if num_live != self._num_live:
+            self._num_live_P.copy_(upload(np.array(num_live, np.int64)))
+            self._num_live = num_live
         if step.decode_slots_B is not self._slots or bucket != self._bucket:
             self._upload_rows(step, bucket, upload)
         graph = self._graphs[bucket]
@@ -169,12 +179,15 @@ class DecodeGraphs:
         """The step itself; the logits."""
         ids_B, places_B = open_rows(rows, self._table.table_SN, page_size=self._page_size)
         self._attention.prepare_decodes(rows.slots_B, rows.positions_B, places_B)
+        every = (len(rows.slots_B),) * len(self._num_live)
         batch = ForwardBatch(
             input_ids_T=ids_B,
             positions_T=rows.positions_B,
             logit_rows_R=rows.slots_B,
             attention=self._attention,
+            counts=RowCounts(every, every, every),
+            num_live_P=self._num_live_P,
         )
-        logits_BV = self._model.logits(self._model.forward(batch))
+        logits_BV = self._model.logits(self._model.forward(batch), every)
         close_rows(logits_BV, rows)
         return logits_BV

@@ -40,7 +40,7 @@ import numpy as np
 from msgspec import Meta, Struct
 from numpy.typing import NDArray
 
-PROTOCOL_VERSION = 5
+PROTOCOL_VERSION = 6
 """Raised whenever a struct changes; a worker of another version is refused at `Hello`."""
 
 MAX_MESSAGE_BYTES = 64 * 2**20
@@ -175,7 +175,7 @@ class Header(Message, frozen=True):
     padded_rows: tuple[int, ...]
     """Rows of each replica as the model sees them."""
     bucket: Natural
-    """Size of the captured graph to replay; 0 runs eagerly."""
+    """Rows of the captured graph that every rank replays, idle ones too; 0 runs eagerly."""
     bodies: tuple[bytes, ...]
     """`digest` of every replica's body."""
     previous: bytes
@@ -235,6 +235,8 @@ class Ready(Message, frozen=True, tag="ready"):
     max_model_len: Natural
     vocab_size: Natural
     stop_token_ids: tuple[int, ...]
+    buckets: tuple[int, ...] = ()
+    """Rows of the decode graphs that it will capture; none where steps are not captured."""
 
 
 class Started(Message, frozen=True, tag="started"):
@@ -242,6 +244,8 @@ class Started(Message, frozen=True, tag="started"):
 
     epoch: Natural
     rank: Natural
+    captured: bytes = b""
+    """Digests of all graphs' collectives, like a step's ledger; empty if nothing is captured."""
 
 
 class TokenLogprobs(Message, frozen=True):

@@ -23,7 +23,7 @@ from torch import Tensor
 from parallel.dp_attention import RowCounts
 from parallel.groups import Groups, Ledger
 from parallel.layout import Layout
-from parallel.padding import align_rows
+from parallel.padding import align_rows, buckets_up_to
 from workers import bundled
 from workers.architectures import plan_of
 from workers.attention import PagedAttention
@@ -164,6 +164,12 @@ class ModelRunner:
         self._ledger: Ledger = groups.ledger
         self._num_replicas = layout.num_replicas
         self._row_multiple = plan_of(config).row_multiple
+        self.buckets = (
+            buckets_up_to(config.max_num_seqs, self._row_multiple) if self._use_kernels else ()
+        )
+        """Rows of a replica for which a decode is captured."""
+        self.captured = b""
+        """Digests of the graphs' collectives; empty where nothing is captured."""
         with torch.inference_mode():
             self._model = make_model(config, layout, rank, groups, device, progress)
         self.vocab_size = self._model.vocab_size
@@ -189,17 +195,13 @@ class ModelRunner:
         self._renew(num_pages)
         for length in WARM_UP_LENGTHS if self._use_kernels else ():
             self._read_one_prompt(length, num_pages)
-        if self._can_capture:
+        if self.buckets:
             with torch.inference_mode():
                 self._graphs = self._new_graphs()
                 self._graphs.capture(lambda done, total: self._report("graphs", done, total))
+            self.captured = self._graphs.captured
         if self._device.type == "cuda":
             print(self._memory_table(num_pages), flush=True)
-
-    @property
-    def _can_capture(self) -> bool:
-        """Steps whose rows are padded for several replicas or ranks run eagerly."""
-        return self._use_kernels and self._num_replicas == 1 and self._row_multiple == 1
 
     def _read_one_prompt(self, length: int, num_pages: int) -> None:
         room = num_pages * self._config.page_size
@@ -214,9 +216,9 @@ class ModelRunner:
         with torch.inference_mode():
             rows = self._state.apply(body)
             _check_header(header, rows, replica)
-            bucket = 0 if body.num_masked else self._bucket(header, rows)
-            if bucket:
-                return self._replay(rows, bucket)
+            if header.bucket:
+                _check_bucket(header, rows, self.buckets)
+                return self._replay(rows, header, body)
             counts = RowCounts(
                 header.num_rows,
                 header.padded_rows,
@@ -255,28 +257,22 @@ class ModelRunner:
             )
             return self._launch(rows, body.admits, counts, 0)
 
-    def _bucket(self, header: Header, rows: StepRows) -> int:
-        """The graph that runs the step; 0 for none."""
-        graphs = self._graphs
-        if graphs is None or rows.chunks or rows.num_rows == 0 or len(header.num_rows) > 1:
-            return 0
-        bucket = header.bucket or graphs.bucket_of(rows.num_rows)
-        if bucket and (bucket not in graphs.buckets or bucket < rows.num_rows):
-            raise ProtocolError(
-                f"step {header.step} of {rows.num_rows} rows wants a graph of {bucket} rows; "
-                f"there are {graphs.buckets}"
-            )
-        return bucket
-
-    def _replay(self, rows: StepRows, bucket: int) -> PendingStep:
-        """A step of decodes alone, by a captured graph."""
+    def _replay(self, rows: StepRows, header: Header, body: Body) -> PendingStep:
+        """A step of decodes alone, by a captured graph; an idle replica replays it on padding."""
         graphs = self._graphs
         if graphs is None:
             raise ProtocolError("no graph is captured")
         self._prepare_pages(rows)
-        ids_R, highest_R, logits_RV = graphs.launch(rows, bucket, self._upload)
-        pending = PendingStep(rows, self._ledger.take(), ids_R, highest_R, None, None, [], None)
-        if self._sampler.needs_more(rows.logit_slots_R):
+        for admit in body.admits:
+            self._sampler.admit(admit)
+        replayed = graphs.launch(rows, header.bucket, header.num_rows, self._upload)
+        ids_R, highest_R, logits_RV = replayed
+        pending = PendingStep(
+            rows, self._ledger.take(), ids_R, highest_R, None, None, [], None, body.num_masked
+        )
+        if body.num_masked:
+            pending.logits_RV = logits_RV
+        elif self._sampler.needs_more(rows.logit_slots_R):
             self._sample(pending, logits_RV, None)
         else:
             pending.done = self._mark()
@@ -491,7 +487,8 @@ class ModelRunner:
             self._sampler.last_token_S,
             self._ledger,
             page_size=self._config.page_size,
-            max_num_seqs=self._config.max_num_seqs,
+            buckets=self.buckets,
+            num_replicas=self._num_replicas,
         )
 
     def _new_state(self, num_pages: int) -> BatchState:
@@ -577,7 +574,7 @@ class ModelRunner:
 
     def _measure_graphs(self) -> int:
         """What graphs take: the largest is measured, the others live in its memory."""
-        if not self._can_capture:
+        if not self.buckets:
             return 0
         torch.cuda.synchronize(self._device)
         torch.cuda.empty_cache()
@@ -628,6 +625,19 @@ def _check_header(header: Header, rows: StepRows, replica: int) -> None:
         raise ProtocolError(
             f"step {header.step} should have {told[0]} rows and {told[1]} logit rows in replica "
             f"{replica}, and this rank counts {counted[0]} and {counted[1]}"
+        )
+
+
+def _check_bucket(header: Header, rows: StepRows, buckets: tuple[int, ...]) -> None:
+    if header.bucket not in buckets or rows.chunks or rows.num_rows > header.bucket:
+        raise ProtocolError(
+            f"step {header.step} of {rows.num_rows} rows, {len(rows.chunks)} chunks among them, "
+            f"wants a graph of {header.bucket} rows; there are graphs of {buckets}"
+        )
+    if set(header.padded_rows) != {header.bucket}:
+        raise ProtocolError(
+            f"step {header.step} wants a graph of {header.bucket} rows of every replica and pads "
+            f"them to {header.padded_rows}"
         )
 
 

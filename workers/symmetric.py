@@ -16,6 +16,7 @@ from parallel.arena import (
 )
 from parallel.groups import Groups
 from parallel.layout import GroupName
+from parallel.padding import align_rows
 from parallel.plan import Plan, Rows
 from parallel.symmetric import nccl_version
 from workers.config import EngineConfig
@@ -39,7 +40,8 @@ def arena_plan(
     config: EngineConfig, model: ModelConfig, plan: Plan, dtype: torch.dtype
 ) -> ArenaPlan:
     """Slots for every collective of the plan; refused if they need more than they may take."""
-    num_logit_rows = max(config.max_num_seqs, LEAST_LOGIT_ROWS)
+    [num_decodes] = align_rows([config.max_num_seqs], plan.row_multiple)
+    num_logit_rows = max(num_decodes, LEAST_LOGIT_ROWS)
     num_rows = config.max_num_batched_tokens
     made = slots_of(model, plan, dtype, num_rows=num_rows, num_logit_rows=num_logit_rows)
     made.check_cap(config.symm_mem_prealloc_gb)

@@ -95,6 +95,15 @@ class Runner(Protocol):
     def vocab_size(self) -> int: ...
     @property
     def stop_token_ids(self) -> tuple[int, ...]: ...
+    @property
+    def buckets(self) -> tuple[int, ...]:
+        """Rows of the decode graphs that `allocate` captures."""
+        ...
+
+    @property
+    def captured(self) -> bytes:
+        """Digests of the captured graphs' collectives."""
+        ...
 
     def allocate(self, num_pages: int) -> None: ...
 
@@ -267,7 +276,7 @@ class Worker:
         link.send(self._ready(runner))
         runner.allocate(self._await(link, Serve).num_pages)
         groups.arena.seal()
-        link.send(Started(self._spec.epoch, self._spec.rank))
+        link.send(Started(self._spec.epoch, self._spec.rank, runner.captured))
         try:
             while True:
                 self._turn(link, runner)
@@ -307,6 +316,7 @@ class Worker:
             runner.max_model_len,
             runner.vocab_size,
             tuple(runner.stop_token_ids),
+            tuple(runner.buckets),
         )
 
     def _await(self, link: DriverLink, wanted: type[Wanted]) -> Wanted:

@@ -22,6 +22,8 @@ class InstantRunner:
     max_model_len = 8192
     vocab_size = 1000
     stop_token_ids = (2,)
+    buckets = ()
+    captured = b""
 
     def __init__(self, config, layout, rank, groups, device, progress):
         self._replica = layout.coordinates(rank).attn_dp

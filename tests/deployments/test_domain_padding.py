@@ -11,7 +11,7 @@ from workers.protocol import Mode, Padding, decode_header
 pytestmark = pytest.mark.row("S10")
 
 
-def domain(num_replicas=4, row_multiple=1, shares_rows=True):
+def domain(num_replicas=4, row_multiple=1, shares_rows=True, buckets=()):
     schedulers = [
         Scheduler(num_pages=64, page_size=4, max_num_seqs=8, max_num_batched_tokens=64)
         for _ in range(num_replicas)
@@ -25,6 +25,7 @@ def domain(num_replicas=4, row_multiple=1, shares_rows=True):
         depth=99,
         row_multiple=row_multiple,
         shares_rows=shares_rows,
+        buckets=buckets,
     )
 
 
@@ -79,3 +80,34 @@ def test_replicas_that_share_nothing_are_never_padded_to_each_other():
     for header in headers(one, 2):
         assert header.padding == Padding.NONE
         assert header.padded_rows == header.num_rows
+
+
+@pytest.mark.row("S12")
+def test_the_bucket_is_chosen_first_and_pads_idle_replicas_too():
+    one = domain(buckets=(1, 2, 4))
+    for replica, count in ((0, 3), (2, 1)):
+        for _ in range(count):
+            add(one, replica, 2)
+    prompts, decodes = headers(one, 2)
+    assert (prompts.bucket, prompts.padded_rows) == (0, (6, 0, 2, 0))
+    assert (decodes.mode, decodes.padding, decodes.bucket) == (Mode.DECODE, Padding.MAX_LEN, 4)
+    assert (decodes.num_rows, decodes.padded_rows) == ((3, 0, 1, 0), (4, 4, 4, 4))
+    add(one, 3, 5)
+    (mixed,) = headers(one, 1)
+    assert (mixed.mode, mixed.bucket, mixed.padding) == (Mode.MIXED, 0, Padding.SUM_LEN)
+
+
+def test_more_decodes_than_any_graph_holds_run_eagerly():
+    one = domain(num_replicas=2, buckets=(1, 2))
+    for _ in range(3):
+        add(one, 0, 2)
+    _, decodes = headers(one, 2)
+    assert (decodes.bucket, decodes.padded_rows) == (0, (3, 3))
+
+
+def test_one_replica_is_padded_to_a_bucket_without_a_gather():
+    one = domain(num_replicas=1, shares_rows=False, buckets=(1, 4))
+    add(one, 0, 2)
+    add(one, 0, 2)
+    _, decodes = headers(one, 2)
+    assert (decodes.bucket, decodes.padding, decodes.padded_rows) == (4, Padding.NONE, (4,))

@@ -52,14 +52,15 @@ def hello(rank, device="cpu", version=PROTOCOL_VERSION):
     return Hello(version, 1, rank, f"10.0.0.{rank}", 100 + rank, device, 7000 + rank)
 
 
-def bring_up(config=CONFIG, pages=40, now=1.0):
+def bring_up(config=CONFIG, pages=40, now=1.0, buckets=(), captured=(b"",) * 4):
     one, wire = gang(config)
     for rank in range(config.layout.world_size):
         one.on_message(rank, hello(rank), now)
     for rank in range(config.layout.world_size):
-        one.on_message(rank, Ready(1, rank, pages + rank, 100, 300, (2,)), now)
+        told = (2, *buckets[: rank + 1]) if buckets else ()
+        one.on_message(rank, Ready(1, rank, pages + rank, 100, 300, (2,), told), now)
     for rank in range(config.layout.world_size):
-        one.on_message(rank, Started(1, rank), now)
+        one.on_message(rank, Started(1, rank, captured[rank]), now)
     return one, wire
 
 
@@ -241,3 +242,23 @@ def test_a_mask_that_never_comes_is_a_late_step():
     beat_all(one, 7.1)
     with pytest.raises(GangFailed, match=r"ranks \[0, 1\] have not finished step 0 within 5 s"):
         one.check(7.1)
+
+
+def test_only_graphs_that_every_rank_captures_are_used():
+    one, _ = bring_up(buckets=(4, 8, 16, 32))
+    assert one.model.buckets == (2, 4)
+    assert bring_up()[0].model.buckets == ()
+
+
+@pytest.mark.row("S12")
+def test_a_rank_that_captured_other_collectives_is_named_before_anything_is_replayed():
+    config = EngineConfig(tp_size=4, dp_size=2, enable_dp_attention=True, page_size=4)
+    shared, own = b"s" * 16, b"o" * 16
+    fine = [shared + own, shared + own, shared + b"p" * 16, shared + b"p" * 16]
+    assert bring_up(config, captured=fine)[0].serving
+    other = [*fine[:3], b"t" * 16 + b"p" * 16]
+    with pytest.raises(GangFailed, match=r"ranks \[3\] captured other collectives .* \[0, 1, 2\]"):
+        bring_up(config, captured=other)
+    other = [*fine[:3], shared + b"q" * 16]
+    with pytest.raises(GangFailed, match=r"ranks \[3\] captured other collectives .* \[2\]: n"):
+        bring_up(config, captured=other)

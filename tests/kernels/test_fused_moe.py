@@ -44,6 +44,11 @@ def test_choices_are_counted(device):
     counts = torch.tensor([5, 0, 0, 1], device=device)
     count_choices(torch.tensor([[0, 2], [2, 3]], device=device), counts)
     assert counts.tolist() == [6, 0, 2, 2]
+    experts = torch.tensor([[0, 2], [2, 1], [1, 1]], device=device)
+    counts.zero_()
+    count_choices(experts, counts, torch.tensor([True, False, True], device=device))
+    assert experts.tolist() == [[0, 2], [3, 3], [1, 1]]
+    assert counts.tolist() == [1, 2, 1, 2]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

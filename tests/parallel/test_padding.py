@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parallel.padding import choose_padding, pad_rows
+from parallel.padding import buckets_up_to, choose_bucket, choose_padding, pad_rows
 
 pytestmark = pytest.mark.row("S10")
 
@@ -48,3 +48,17 @@ def test_the_mode_moves_no_more_rows_than_the_other(counts):
     """Gathering equal parts moves each part to all; summing a buffer moves it twice."""
     cost = {"max_len": max(counts) * len(counts), "sum_len": 2 * sum(counts)}
     assert cost[choose_padding(counts, has_prompts=False)] == min(cost.values())
+
+
+@pytest.mark.row("S12")
+@given(counts=COUNTS, most=st.integers(1, 40), multiple=st.sampled_from((1, 2, 3, 4, 8)))
+def test_a_bucket_holds_every_replica_and_no_smaller_one_does(counts, most, multiple):
+    buckets = buckets_up_to(most, multiple)
+    assert list(buckets) == sorted(set(buckets))
+    assert buckets[-1] - multiple < most <= buckets[-1]
+    assert all(bucket % multiple == 0 for bucket in buckets)
+    bucket = choose_bucket(counts, buckets)
+    if not 0 < max(counts) <= buckets[-1]:
+        assert bucket == 0
+    else:
+        assert next(size for size in buckets if size >= max(counts)) == bucket

@@ -5,10 +5,12 @@ admits again, and ends requests. One request at a time with `max_num_seqs=1` and
 plain run that any other must equal.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from random import Random
 from typing import NamedTuple
 
+from parallel.padding import align_rows, choose_bucket
 from workers.protocol import Admit, Body, Header, Sampling, pack
 
 GREEDY = Sampling(temperature=0.0)
@@ -45,9 +47,24 @@ class Planned(NamedTuple):
     sampling: list[Request]
     """The request of each logit row."""
 
-    def header(self, step: int = 0) -> Header:
-        num_rows, num_logit_rows = (len(self.positions),), (len(self.logit_rows),)
-        return Header(1, step, 3, num_rows, num_logit_rows, 0, num_rows, 0, (), b"")
+    def header(self, step: int = 0, buckets: Sequence[int] = ()) -> Header:
+        """As a driver of one replica would say it, with these graphs."""
+        return header_of([self], step, buckets)
+
+
+def header_of(
+    plans: Sequence[Planned],
+    step: int = 0,
+    buckets: Sequence[int] = (),
+    row_multiple: int = 1,
+) -> Header:
+    """Of all replicas' plans: padded to a bucket if they all decode, else no more than needed."""
+    num_rows = tuple(len(plan.positions) for plan in plans)
+    has_prompts = any(plan.body.chunk_slots for plan in plans)
+    bucket = 0 if has_prompts else choose_bucket(num_rows, buckets)
+    padded = (bucket,) * len(plans) if bucket else align_rows(num_rows, row_multiple)
+    num_logit_rows = tuple(len(plan.logit_rows) for plan in plans)
+    return Header(1, step, 3, num_rows, num_logit_rows, 0, padded, bucket, (), b"")
 
 
 class RandomDriver:

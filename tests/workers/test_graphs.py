@@ -12,7 +12,7 @@ from tests.workers.random_driver import RandomDriver, Request
 from tests.workers.test_runner import ChecksumModel, entering, header, next_token, some_requests
 from workers.batch import ProtocolError
 from workers.config import EngineConfig
-from workers.protocol import Body, Sampling, pack
+from workers.protocol import Body, Header, Sampling, pack
 from workers.runner import ModelRunner
 
 NUM_PAGES = 14
@@ -55,7 +55,7 @@ def streams(requests: list[Request], runner: ModelRunner) -> list[list[int]]:
         if driver.is_done:
             return [request.output for request in requests]
         planned = driver.plan()
-        pending = runner.launch(planned.header(), planned.body, 0)
+        pending = runner.launch(planned.header(buckets=runner.buckets), planned.body, 0)
         driver.feed(planned, runner.finish(pending).ids.tolist())
     raise TimeoutError("the requests do not end")
 
@@ -83,6 +83,10 @@ def test_sampled_streams_equal_those_without_kernels(seed):
     assert streams(some_requests(seed), new_runner()) == plain
 
 
+def decoding(num_rows: int, bucket: int) -> Header:
+    return Header(1, 0, 1, (num_rows,), (num_rows,), 0, (bucket,), bucket, (), b"")
+
+
 def test_steps_overlap_and_keep_their_own_tokens():
     """Steps n and n+1 are both under way before step n is read."""
     runner = new_runner()
@@ -91,9 +95,9 @@ def test_steps_overlap_and_keep_their_own_tokens():
         header(3, 1), entering(2, prompt, Sampling(temperature=0.0), [3, 1, 2]), 0
     )
     ids = [runner.finish(first).ids.tolist()]
-    older = runner.launch(header(1, 1), Body(), 0)
+    older = runner.launch(decoding(1, 1), Body(), 0)
     for _ in range(6):
-        newer = runner.launch(header(1, 1), Body(), 0)
+        newer = runner.launch(decoding(1, 1), Body(), 0)
         ids.append(runner.finish(older).ids.tolist())
         older = newer
     tokens = list(prompt)
@@ -111,7 +115,7 @@ def test_decodes_fill_up_to_a_bucket_and_pads_touch_nobody():
         runner.finish(runner.launch(header(2 + number, 1 + number), body, 0))
     before = [part.clone() for part in runner._cache.parts]
     model.num_rows.clear()
-    result = runner.finish(runner.launch(header(3, 3), Body(), 0))
+    result = runner.finish(runner.launch(decoding(3, 4), Body(), 0))
     assert model.num_rows == [4]
     assert len(result.ids) == 3
     for part, old in zip(runner._cache.parts, before, strict=True):
@@ -122,8 +126,12 @@ def test_decodes_fill_up_to_a_bucket_and_pads_touch_nobody():
 def test_a_bucket_that_does_not_exist_is_refused():
     runner = new_runner()
     runner.launch(header(1, 1), entering(0, [1], Sampling(temperature=0.0), [0]), 0)
-    wrong = msgspec.structs.replace(header(1, 1), bucket=3)
-    with pytest.raises(ProtocolError, match="wants a graph of 3 rows"):
+    with pytest.raises(ProtocolError, match=r"wants a graph of 5 rows; there are graphs of \(1, 2"):
+        runner.launch(decoding(1, 5), Body(), 0)
+    runner = new_runner()
+    runner.launch(header(1, 1), entering(0, [1], Sampling(temperature=0.0), [0]), 0)
+    wrong = msgspec.structs.replace(decoding(1, 1), bucket=2)
+    with pytest.raises(ProtocolError, match=r"of every replica and pads them to \(1,\)"):
         runner.launch(wrong, Body(), 0)
 
 
@@ -134,7 +142,7 @@ def test_a_poisoned_decode_is_found():
     model.poison = next_token(prompt)
     body = entering(0, prompt, Sampling(temperature=0.0), [0, 1])
     runner.finish(runner.launch(header(3, 1), body, 0))
-    result = runner.finish(runner.launch(header(1, 1), Body(), 0))
+    result = runner.finish(runner.launch(decoding(1, 1), Body(), 0))
     assert result.poisoned_rows == (0,)
     leave = Body(leaves=pack([0]))
     runner.finish(runner.launch(header(0, 0), leave, 0))

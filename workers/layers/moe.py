@@ -237,15 +237,20 @@ class ExpertLoad:
         """The last counts choices of none."""
         self._waiting: list[Tensor] = []
 
-    def add(self, expert_TK: Tensor) -> None:
+    def add(self, expert_TK: Tensor, live_T: Tensor | None = None) -> Tensor:
+        """Count the choices of rows that are tokens; padding's become a choice of none."""
         if expert_TK.is_cuda:
             from kernels.route_experts import count_choices  # Triton: only with a GPU
 
-            count_choices(expert_TK.contiguous(), self._counts_E)
-            return
+            expert_TK = expert_TK.contiguous()
+            count_choices(expert_TK, self._counts_E, live_T)
+            return expert_TK
+        if live_T is not None:
+            expert_TK = expert_TK.masked_fill(~live_T.unsqueeze(1), len(self._counts_E) - 1)
         self._waiting.append(expert_TK)
         if len(self._waiting) == MAX_WAITING:
             self._count_waiting()
+        return expert_TK
 
     def _count_waiting(self) -> None:
         """Many at once: on a CPU every count would cost as much as an expert."""
@@ -310,11 +315,7 @@ class SparseMLP:
     def _route(self, x_TD: Tensor, split: RowSplit | None) -> Routing:
         routing = self._router.forward(x_TD, self._router_ED)
         live_T = None if split is None else split.live(self._rows)
-        if live_T is not None:
-            chosen = routing.expert_TK.masked_fill(~live_T.unsqueeze(1), self._moe.num_experts)
-            routing = Routing(routing.weight_TK, chosen)
-        self.load.add(routing.expert_TK)
-        return routing
+        return Routing(routing.weight_TK, self.load.add(routing.expert_TK, live_T))
 
     def sources(self) -> list[Source | OneOf]:
         shared = [] if self._shared is None else self._shared.sources()

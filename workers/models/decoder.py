@@ -7,6 +7,7 @@ parts are connected differently is its own class with `DecoderLayer`'s methods.
 from collections.abc import Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from parallel.dp_attention import Activation, RowCounts, RowSplit
@@ -116,10 +117,13 @@ class Decoder:
         self._shares_rows = plan.is_scattered or groups.attn_dp.size > 1
         """Rows are moved between ranks, or padded; else nobody has to know whose they are."""
         self._last_split: tuple[RowCounts, RowSplit] | None = None
+        self._captured_splits: dict[RowCounts, RowSplit] = {}
+        """Kept for good, because graphs read their tensors."""
 
     def forward(self, batch: ForwardBatch) -> Tensor:
         """Hidden rows (T, D) behind the final norm."""
-        split = self._split(batch) if self._shares_rows else None
+        needs_split = self._shares_rows or batch.num_live_P is not None
+        split = self._split(batch) if needs_split else None
         positions_T = batch.positions_T if split is None else batch.positions_T[: split.num_real]
         rotation = self._rotary.at(positions_T)
         x = Activation(self._embed.forward(batch.input_ids_T), Rows.TP_ATTN_FULL)
@@ -148,17 +152,26 @@ class Decoder:
             counts = RowCounts(rows, rows, ())
         groups.arena.rows_are_even = len(set(counts.padded)) == 1
         key = counts._replace(num_logit_rows=(), num_prompt_rows=())
+        device = batch.input_ids_T.device
+        if batch.num_live_P is not None:
+            if key not in self._captured_splits:
+                self._captured_splits[key] = self._new_split(counts, device)
+            split = self._captured_splits[key]
+            split.follow(batch.num_live_P)
+            return split
         if self._last_split is None or self._last_split[0] != key:
-            split = RowSplit(
-                rows=counts.padded,
-                num_real=counts.num_real,
-                attn_tp=groups.attn_tp.size,
-                replica=groups.attn_dp.rank,
-                place=groups.attn_tp.rank,
-                device=batch.input_ids_T.device,
-            )
-            self._last_split = (key, split)
+            self._last_split = (key, self._new_split(counts, device))
         return self._last_split[1]
+
+    def _new_split(self, counts: RowCounts, device: torch.device) -> RowSplit:
+        return RowSplit(
+            rows=counts.padded,
+            num_real=counts.num_real,
+            attn_tp=self._groups.attn_tp.size,
+            replica=self._groups.attn_dp.rank,
+            place=self._groups.attn_tp.rank,
+            device=device,
+        )
 
     def sources(self) -> list[Source | OneOf]:
         """What a checkpoint must hold, and where it goes on this rank."""
