@@ -4,7 +4,7 @@ Each program takes one sequence, one kv head and one part of the sequence, with 
 share the head as the rows of a tensor-core product. A sequence is cut into at most `num_splits`
 parts of at least `min_part` tokens, so a lone long sequence fills the GPU and many short ones are
 not cut at all. A sequence that is one part is written at once; others leave partial sums, which
-`_combine_kernel` weighs by their sums of exponentials.
+`combine_kernel` weighs by their sums of exponentials.
 
 When to use: on a GPU, for decodes. The launch depends on nothing but the number of rows and
 `num_splits`, so it can be captured in a CUDA graph: lengths and pages are read on the device.
@@ -52,7 +52,7 @@ def choose_split(num_seqs: int, num_kv_heads: int, max_len: int, *, num_programs
 
 
 @triton.jit
-def _part(position, window, num_splits, min_part, BLOCK: tl.constexpr):
+def part_of(position, window, num_splits, min_part, BLOCK: tl.constexpr):
     """(first token, tokens of a part, one past the last token)."""
     stop = position + 1
     first = 0
@@ -94,7 +94,7 @@ def _decode_kernel(
     seq = tl.program_id(2).to(tl.int64)
     begin(PDL)
     position = tl.load(position_ptr + seq).to(tl.int32)
-    first, length, stop = _part(position, window, num_splits, min_part, BLOCK)
+    first, length, stop = part_of(position, window, num_splits, min_part, BLOCK)
     start = first + split * length
     if start >= stop:
         return
@@ -143,7 +143,7 @@ def _decode_kernel(
 
 
 @triton.jit(do_not_specialize=["num_splits", "min_part", "window"])
-def _combine_kernel(
+def combine_kernel(
     partial_ptr,
     weight_ptr,
     position_ptr,
@@ -163,7 +163,7 @@ def _combine_kernel(
     head = seq * num_heads + tl.program_id(1)
     begin(PDL)
     position = tl.load(position_ptr + seq).to(tl.int32)
-    first, length, stop = _part(position, window, num_splits, min_part, BLOCK)
+    first, length, stop = part_of(position, window, num_splits, min_part, BLOCK)
     num_parts = tl.cdiv(stop - first, length)
     if num_parts == 1:
         return
@@ -263,7 +263,7 @@ def paged_decode(
     )
     if split.num_splits == 1:
         return
-    _combine_kernel[(num_seqs, num_heads)](
+    combine_kernel[(num_seqs, num_heads)](
         partial,
         weight,
         positions_B,

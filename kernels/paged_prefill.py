@@ -29,16 +29,18 @@ BLOCK_TOKENS = 64
 LOG2_E = 1.4426950408889634
 
 
-def cut_chunks(chunks: Iterable[tuple[int, int, int, int]]) -> NDArray[np.int64]:
+def cut_chunks(
+    chunks: Iterable[tuple[int, int, int, int]], most_rows: int = BLOCK_ROWS
+) -> NDArray[np.int64]:
     """Blocks (M, 4) of (row, rows, token, slot) for chunks of the same four.
 
     >>> cut_chunks([(2, 130, 0, 3), (132, 5, 64, 1)]).tolist()
     [[2, 128, 0, 3], [130, 2, 128, 3], [132, 5, 64, 1]]
     """
     blocks = [
-        (row + at, min(BLOCK_ROWS, count - at), token + at, slot)
+        (row + at, min(most_rows, count - at), token + at, slot)
         for row, count, token, slot in chunks
-        for at in range(0, count, BLOCK_ROWS)
+        for at in range(0, count, most_rows)
     ]
     return np.array(blocks, np.int64).reshape(-1, 4)
 

@@ -1,5 +1,8 @@
 """Attention on a GPU: the page table lives on the device, and our Triton kernels read it.
 
+Over keys and values, or over a latent (a cache whose first part is one row for all heads); with an
+indexer, over the tokens that it chooses wherever a sequence has more of them than it may read.
+
 `DeviceTable` mirrors `BatchState.page_table_SN` by what changed, so a step that nobody joins and
 that grows no page uploads nothing. It has one slot more than there are requests: the spare one,
 whose page is nobody's, for the rows that fill a captured step up.
@@ -7,7 +10,8 @@ whose page is nobody's, for the rows that fill a captured step up.
 `GpuAttention` serves any step: decodes first, then chunks' rows. `prepare` takes a step's rows from
 the host; `prepare_decodes` takes rows that are on the device already, as a CUDA graph needs it.
 
-Shapes: T rows, B decodes, H heads, G kv heads, D head dim, N pages of a slot, M blocks of rows.
+Shapes: T rows, B decodes, H heads, G kv heads, D head dim, W numbers of a latent's row of which R
+are values too, K tokens that are read, N pages of a slot, M blocks of rows.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,15 +22,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kernels.index_scores import index_scores
 from kernels.paged_attention import store_kv
 from kernels.paged_decode import Split, choose_split, paged_decode
+from kernels.paged_latent import choose_latent_split, cut_latent_chunks, latent_chunks, latent_rows
 from kernels.paged_prefill import cut_chunks, paged_prefill
 from kernels.rope_store import rope_store
 from workers.batch import IndexRows, ProjectionAttention, StepRows, TableChange
 from workers.cache import PagedCache
 
 PROGRAMS_PER_SM = 4
+LATENT_PROGRAMS_PER_SM = 2
 CPU_PROGRAMS = 8
+SCORES_AT_ONCE = 2**25
+"""An indexer's scores that are held at once, where rows are not captured in a graph."""
 
 Upload = Callable[[NDArray[np.int64]], Tensor]
 
@@ -66,17 +75,26 @@ class _Decodes(NamedTuple):
 class GpuAttention(ProjectionAttention):
     """Made once; one of the two `prepare`s is called before each forward."""
 
-    def __init__(self, cache: PagedCache, table: DeviceTable, max_model_len: int) -> None:
+    def __init__(
+        self, cache: PagedCache, table: DeviceTable, max_model_len: int, *, num_heads: int
+    ) -> None:
         self._cache = cache
         self._table = table
         self._max_model_len = max_model_len
+        self._num_heads = num_heads
         device = cache.device
+        rows_or_keys = cache.layer(0)[0]
+        self._is_latent = rows_or_keys.dim() == 3
+        self._has_index = self._is_latent and len(cache.parts) == 2
+        self._num_kv_heads = 1 if self._is_latent else rows_or_keys.shape[2]
         self._num_programs = CPU_PROGRAMS
         if device.type == "cuda":
             count = torch.cuda.get_device_properties(device).multi_processor_count
-            self._num_programs = PROGRAMS_PER_SM * count
-        self._num_kv_heads = cache.layer(0)[0].shape[2]
+            each = LATENT_PROGRAMS_PER_SM if self._is_latent else PROGRAMS_PER_SM
+            self._num_programs = each * count
         self._places_T = torch.empty(0, dtype=torch.int64, device=device)
+        self._slots_T = self._positions_T = self._places_T
+        self._longest = 0
         self._decodes: _Decodes | None = None
         self._blocks_M4: Tensor | None = None
 
@@ -84,7 +102,8 @@ class GpuAttention(ProjectionAttention):
         self, rows: StepRows, positions_T: Tensor, places_T: Tensor, upload: Upload
     ) -> None:
         """Take a step's rows; the tensors are `rows`' own, on the device."""
-        self._places_T = places_T
+        self._places_T, self._positions_T = places_T, positions_T
+        self._longest = int(rows.positions_T.max()) + 1
         self._decodes = self._blocks_M4 = None
         count = len(rows.decode_slots_B)
         if count:
@@ -93,11 +112,22 @@ class GpuAttention(ProjectionAttention):
             self._decodes = _Decodes(slots_B, positions_T[:count], self._split(count, longest))
         if rows.chunks:
             chunks = [(chunk.row, chunk.length, chunk.start, chunk.slot) for chunk in rows.chunks]
-            self._blocks_M4 = upload(cut_chunks(chunks))
+            blocks = cut_chunks(chunks)
+            if self._is_latent:
+                dtype = self._cache.parts[0].dtype
+                blocks = cut_latent_chunks(chunks, self._num_heads, dtype)
+            self._blocks_M4 = upload(blocks)
+        if self._has_index:
+            lengths = [chunk.length for chunk in rows.chunks]
+            of_chunks = np.repeat([chunk.slot for chunk in rows.chunks], lengths)
+            slots_T = np.concatenate([rows.decode_slots_B, of_chunks.astype(np.int64)])
+            self._slots_T = upload(slots_T)
 
     def prepare_decodes(self, slots_B: Tensor, positions_B: Tensor, places_B: Tensor) -> None:
         """Take decodes whose slots, positions and places are read when the kernels run."""
         self._places_T = places_B
+        self._slots_T, self._positions_T = slots_B, positions_B
+        self._longest = self._max_model_len
         self._blocks_M4 = None
         split = self._split(len(slots_B), self._max_model_len)
         self._decodes = _Decodes(slots_B, positions_B, split)
@@ -147,7 +177,81 @@ class GpuAttention(ProjectionAttention):
         index: IndexRows | None,
     ) -> Tensor:
         """See `workers.batch.Attention`."""
-        raise ValueError("attention over a latent has no kernel yet: set device=cpu")
+        rows_XW, *keys = self._cache.rows(layer)
+        store_kv(rows_XW, self._places_T, row_TW)
+        q_THW = q_THW.contiguous()
+        out_THR = q_THW.new_empty(*q_THW.shape[:2], num_values)
+        if index is not None:
+            store_kv(keys[0], self._places_T, index.key_TE)
+            if self._longest > index.num_chosen:
+                self._read_chosen(q_THW, rows_XW, keys[0], index, out_THR, scale)
+                return out_THR
+        decodes, page_size = self._decodes, self._cache.page_size
+        if decodes is not None:
+            count = len(decodes.slots_B)
+            latent_rows(
+                q_THW[:count],
+                rows_XW,
+                self._table.table_SN,
+                decodes.slots_B,
+                decodes.positions_B,
+                out_THR[:count],
+                page_size=page_size,
+                split=decodes.split,
+                scale=scale,
+            )
+        if self._blocks_M4 is not None:
+            table_SN, blocks_M4 = self._table.table_SN, self._blocks_M4
+            latent_chunks(
+                q_THW, rows_XW, table_SN, blocks_M4, out_THR, page_size=page_size, scale=scale
+            )
+        return out_THR
+
+    def _read_chosen(
+        self,
+        q_THW: Tensor,
+        rows_XW: Tensor,
+        keys_XE: Tensor,
+        index: IndexRows,
+        out_THR: Tensor,
+        scale: float,
+    ) -> None:
+        """Every row, of decodes and of chunks, over the tokens that suit it best."""
+        num_rows, num_heads, _ = q_THW.shape
+        q_TJE, weight_TJ = index.q_TJE.contiguous(), index.weight_TJ.contiguous()
+        at_once = num_rows if self._blocks_M4 is None else max(1, SCORES_AT_ONCE // self._longest)
+        for first in range(0, num_rows, at_once):
+            rows = slice(first, first + at_once)
+            slots_T, positions_T = self._slots_T[rows], self._positions_T[rows]
+            score_TL = index_scores(
+                q_TJE[rows],
+                weight_TJ[rows],
+                keys_XE,
+                self._table.table_SN,
+                slots_T,
+                positions_T,
+                num_tokens=self._longest,
+                page_size=self._cache.page_size,
+            )
+            split = choose_latent_split(
+                len(slots_T),
+                num_heads,
+                index.num_chosen,
+                q_THW.dtype,
+                num_programs=self._num_programs,
+            )
+            latent_rows(
+                q_THW[rows],
+                rows_XW,
+                self._table.table_SN,
+                slots_T,
+                positions_T,
+                out_THR[rows],
+                page_size=self._cache.page_size,
+                split=split,
+                scale=scale,
+                chosen_TK=score_TL.topk(index.num_chosen, dim=1).indices,
+            )
 
     def _attend(self, layer: int, q_THD: Tensor, scale: float, window: int | None) -> Tensor:
         keys_XGD, values_XGD = self._cache.rows(layer)
@@ -183,4 +287,9 @@ class GpuAttention(ProjectionAttention):
         return out_THD
 
     def _split(self, num_seqs: int, longest: int) -> Split:
+        if self._is_latent:
+            dtype = self._cache.parts[0].dtype
+            return choose_latent_split(
+                num_seqs, self._num_heads, longest, dtype, num_programs=self._num_programs
+            )
         return choose_split(num_seqs, self._num_kv_heads, longest, num_programs=self._num_programs)

@@ -473,7 +473,9 @@ class ModelRunner:
 
         num_slots, num_columns = self._state.page_table_SN.shape
         self._table = DeviceTable(num_slots, num_columns, num_pages, self._device)
-        self._attention = GpuAttention(self._cache, self._table, self.max_model_len)
+        self._attention = GpuAttention(
+            self._cache, self._table, self.max_model_len, num_heads=self._model.num_heads
+        )
 
     def _new_graphs(self) -> "DecodeGraphs":
         from workers.graphs import DecodeGraphs

@@ -26,13 +26,15 @@ NUM_TOKENS = 20
 ASK = Sampling(temperature=0.0, num_logprobs=0, num_prompt_logprobs=0)
 
 
-def new_runner(folder) -> ModelRunner:
+def new_runner(folder, use_kernels: bool = False) -> ModelRunner:
     config = EngineConfig(
         model=str(folder), kv_cache_gb=0.01, page_size=4, max_num_seqs=4,
         max_num_batched_tokens=12,
     )  # fmt: skip
     groups, cpu = single_rank_groups(), torch.device("cpu")
-    runner = ModelRunner(config, Layout(), 0, groups, cpu, lambda stage, done, total: None)
+    runner = ModelRunner(
+        config, Layout(), 0, groups, cpu, lambda stage, done, total: None, use_kernels=use_kernels
+    )
     runner.allocate(min(64, runner.max_pages))
     return runner
 
@@ -44,7 +46,9 @@ def step(runner: ModelRunner, body: Body, num_rows: int, num_logit_rows: int):
     return runner.finish(runner.launch(header, body, 0))
 
 
-def tokens_and_logprobs(runner: ModelRunner) -> tuple[list[list[int]], list[list[float]]]:
+def tokens_and_logprobs(
+    runner: ModelRunner, num_tokens: int = NUM_TOKENS
+) -> tuple[list[list[int]], list[list[float]]]:
     """Greedy; prompts are read one after another, in chunks of ten, beside others' decodes."""
     tokens = [list(prompt) for prompt in PROMPTS]
     logprobs: list[list[float]] = [[] for _ in PROMPTS]
@@ -71,7 +75,7 @@ def tokens_and_logprobs(runner: ModelRunner) -> tuple[list[list[int]], list[list
             run(body, count, is_last, slot)
             admits = ()
         decoding.append(slot)
-    for _ in range(NUM_TOKENS):
+    for _ in range(num_tokens):
         run(Body(), 0, False, 0)
     return tokens, logprobs
 
@@ -88,6 +92,20 @@ def test_prompts_and_decodes_give_transformers_tokens_and_log_probabilities(fami
         told = expected.gather(1, torch.tensor(mine[1:]).unsqueeze(1)).squeeze(1)
         torch.testing.assert_close(torch.tensor(values), told, atol=1e-4, rtol=1e-4)
         assert logits.argmax(-1).tolist()[len(prompt) - 1 :] == mine[len(prompt) :]
+
+
+@pytest.mark.parametrize("family", ["v3", "v3.2"])
+def test_kernels_and_captured_steps_give_the_tokens_of_plain_torch(family, tmp_path):
+    """In Triton's interpreter: prompts in chunks beside decodes, then decodes by their buckets."""
+    name, changes = FAMILIES[family]
+    save_tiny(tmp_path, name, **changes)
+    tokens, logprobs = tokens_and_logprobs(new_runner(tmp_path), 2)
+    with_kernels = new_runner(tmp_path, use_kernels=True)
+    their_tokens, their_logprobs = tokens_and_logprobs(with_kernels, 2)
+    assert with_kernels._graphs is not None
+    assert their_tokens == tokens
+    for mine, theirs in zip(logprobs, their_logprobs, strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-4)
 
 
 def test_draft_layers_of_a_checkpoint_are_left_alone_and_other_layers_are_not(tmp_path):

@@ -6,6 +6,7 @@ import torch
 from parallel.groups import single_rank_groups
 from parallel.layout import Layout
 from tests.workers.reference import SEQUENCES, expected_logits, save_tiny
+from tests.workers.test_models import GROUPS, INDEX, LATENT
 from workers.config import EngineConfig
 from workers.protocol import Admit, Body, Header, Sampling, pack
 from workers.runner import ModelRunner
@@ -18,6 +19,9 @@ FAMILIES = {
     "qwen2 window": ("Qwen2", {"use_sliding_window": True, "sliding_window": 4}),
     "qwen3": ("Qwen3", {"head_dim": 16, "num_attention_heads": 6, "num_key_value_heads": 2}),
     "qwen3 moe": ("Qwen3Moe", {**MOE, "norm_topk_prob": True}),
+    "deepseek v2": ("DeepseekV2", {**LATENT, "q_lora_rank": None}),
+    "deepseek v3": ("DeepseekV3", {**LATENT, **GROUPS}),
+    "deepseek v3.2": ("DeepseekV32", {**LATENT, **GROUPS, **INDEX, "index_topk": 6}),
 }
 PROMPTS = [list(range(3, 20)), [258, 0, 17, 200, 33], [7], list(range(40, 51))]
 SLOTS = [2, 0, 5, 4]

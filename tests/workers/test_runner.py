@@ -44,7 +44,7 @@ class ChecksumModel:
     their sum. The second layer sees a window only.
     """
 
-    num_layers, cache_shapes = 2, ((1, HEAD_DIM), (1, HEAD_DIM))
+    num_layers, num_heads, cache_shapes = 2, 1, ((1, HEAD_DIM), (1, HEAD_DIM))
     vocab_size, max_position_embeddings = VOCAB, 64
     stop_token_ids = (0,)
     dtype = torch.float32
