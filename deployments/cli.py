@@ -116,7 +116,8 @@ def _add_bench(commands: Any) -> None:
     offline = benchmarks.add_parser(
         "offline",
         allow_abbrev=False,
-        help="no HTTP, one JSON line a case; --model may be a preset: 0.6b, 8b, 30b-a3b, v2-lite",
+        help="no HTTP, one JSON line a case; --model may be a preset: 0.6b, 8b, 30b-a3b, v2-lite, "
+        "v32-mini",
     )
     _add_settings(offline, EngineConfig)
     serve = benchmarks.add_parser(
