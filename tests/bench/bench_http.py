@@ -17,10 +17,8 @@ import argparse
 import asyncio
 import contextlib
 import faulthandler
-import os
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -36,11 +34,11 @@ from deployments.bench_prompts import Ask, PromptShape, random_asks
 from deployments.engine import Engine
 from deployments.llm import LLM, SamplingParams
 from tests.bench.engine_client import EngineClient
+from tests.bench.ray_service import driver_info, ray_and_serve, service
 from tests.bench.results import FOLDER, ratio_interval, record
 from tests.bench.stand_in import write_preset
-from workers.config import count_local_gpus, set_ray_environment
+from workers.config import count_local_gpus
 
-APP = "lockstep"
 Note = Callable[[str, str, Sequence[float]], None]
 """note(case, unit, values)"""
 
@@ -79,58 +77,6 @@ def time_limit(seconds: float) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
         faulthandler.cancel_dump_traceback_later()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-@contextlib.contextmanager
-def ray_and_serve() -> Iterator[str]:
-    """A Ray of its own with Serve on a free port: its URL."""
-    set_ray_environment()
-    os.environ["RAY_SERVE_HAPROXY_METRICS_PORT"] = str(free_port())
-    os.environ["RAY_SERVE_HAPROXY_STATS_PORT"] = str(free_port())
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [*sys.path]))
-    import ray
-    from ray import serve
-    from ray.serve.schema import LoggingConfig
-
-    folder = tempfile.TemporaryDirectory(prefix="lsray", dir="/tmp", ignore_cleanup_errors=True)
-    with folder, contextlib.ExitStack() as stack:
-        ray.init(
-            address="local",
-            num_cpus=8,
-            include_dashboard=False,
-            _temp_dir=folder.name,
-            object_store_memory=200 * 2**20,
-            log_to_driver=False,
-            logging_level="error",
-        )
-        stack.callback(ray.shutdown)
-        port = free_port()
-        quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
-        serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config=quiet)
-        stack.callback(serve.shutdown)
-        yield f"http://127.0.0.1:{port}"
-
-
-@contextlib.contextmanager
-def service(settings: dict[str, Any]) -> Iterator[None]:
-    from ray import serve
-    from ray.serve.schema import LoggingConfig
-
-    from deployments.app import build_app
-
-    quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
-    app = build_app(settings | {"metrics_port": 0})
-    serve.run(app, name=APP, route_prefix="/", logging_config=quiet)
-    try:
-        yield
-    finally:
-        serve.delete(APP)
 
 
 def bench_throughput(llm: LLM, url: str, sizes: Sizes, concurrency: int, note: Note) -> None:
@@ -328,14 +274,6 @@ def main() -> None:
                 say("first tokens are measured")
             bench_fleets(llm, args.pairs, sizes, note)
         say("done")
-
-
-def driver_info() -> Any:
-    """Where the service's driver listens."""
-    from ray import serve
-
-    handle = serve.get_deployment_handle("Driver", app_name=APP)
-    return handle.endpoint.remote().result(timeout_s=30)
 
 
 if __name__ == "__main__":

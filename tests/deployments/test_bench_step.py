@@ -2,9 +2,17 @@
 
 import pytest
 
-from deployments.bench_step import Case, DriverTimes, _figures, bench_step, header, read_case, row
+from deployments.bench_step import bench_step
+from deployments.bench_step_table import (
+    Case,
+    DriverTimes,
+    TooFewSteps,
+    figures_of,
+    header,
+    read_case,
+    row,
+)
 from deployments.cli import main
-from deployments.gang import GangFailed
 
 pytestmark = pytest.mark.timeout(90)
 
@@ -33,7 +41,7 @@ def test_a_gpu_adds_its_columns():
     )
     steps = [[n, 0.9 + n / 1000, 1e-4, 2e-4, 5e-5, 0.9999 + n / 1000] for n in range(3)]
     gpu = {"busy": [900.0, 920.0], "idle": [10.0, 20.0], "kernels": [["gemm", 800.0, 2.0]]}
-    figures = _figures({"rows": 1, "steps": steps, "gpu": gpu}, driver)
+    figures = figures_of({"rows": 1, "steps": steps, "gpu": gpu}, driver)
     assert figures["step"] == pytest.approx(1000)
     assert figures["host"] == pytest.approx(150)
     assert figures["back"] == pytest.approx(100)
@@ -42,9 +50,9 @@ def test_a_gpu_adds_its_columns():
     assert len(header(figures)) == len(row(Case(1, 128), figures))
 
 
-def test_steps_that_only_one_side_saw_are_no_figures():
-    with pytest.raises(GangFailed, match="too few steps"):
-        _figures({"rows": 1, "steps": [[7, 0.0, 0.0, 0.0, 0.0, 0.0]]}, DriverTimes())
+def test_steps_that_only_one_side_saw_are_nofigures_of():
+    with pytest.raises(TooFewSteps, match="too few steps"):
+        figures_of({"rows": 1, "steps": [[7, 0.0, 0.0, 0.0, 0.0, 0.0]]}, DriverTimes())
 
 
 @pytest.mark.parametrize("word", ["12", "a:3", "0:5", "3:0", "1:2:3"])
