@@ -7,7 +7,8 @@
 Lines are OpenAI's batch JSONL (`deployments.batch_lines`). They are read as they are needed, some
 are under way at once, and each result is written when it is there, so the order may differ: join by
 `custom_id`. Run the same command again after whatever ended it and it does what is left: nothing
-that was written is computed again, and no line is lost or written twice.
+that was written is computed again, and no line is lost or written twice. (An object store gets what
+is written every ten seconds: `deployments.batch_objects`.)
 
 Exit codes: 0 every line has its result (an error is one), 1 the engine or the service failed or the
 batch was stopped, 2 the command is wrong.
@@ -39,7 +40,6 @@ from deployments.batch_files import (
     DiskFull,
     Output,
     count_lines,
-    is_url,
     open_input,
     open_output,
     same_file,
@@ -91,18 +91,17 @@ class BatchOptions:
 
 def run_batch(options: BatchOptions, settings: dict[str, Any]) -> int:
     """`settings` are the engine's; with a url there is no engine to set."""
-    warn_of_url(options)
     backend = _backend(options, settings)
     concurrency = options.concurrency or _concurrency(options, settings)
     done = Done()
     with contextlib.ExitStack() as stack:
         source = stack.enter_context(open_input(options.input))
         output = open_output(options.output, done)
-        stack.callback(output.close)
+        stack.callback(_close, output)
         errors = output
         if options.errors:
             errors = open_output(options.errors, done)
-            stack.callback(errors.close)
+            stack.callback(_close, errors)
         is_json = settings.get("log_format") == "json"  # a bar would run into its lines
         total = count_lines(options.input)
         progress = Progress(total=total, num_before=len(done), draws=not is_json)
@@ -110,6 +109,8 @@ def run_batch(options: BatchOptions, settings: dict[str, Any]) -> int:
         batch = Batch(backend, output, errors, progress, concurrency, options.give_up_s)
         try:
             asyncio.run(_until_stopped(batch, todo))
+            output.finish()
+            errors.finish()
         except BackendFailed as error:
             show(f"{error}; the same command goes on from here")
             return 1
@@ -123,6 +124,13 @@ def run_batch(options: BatchOptions, settings: dict[str, Any]) -> int:
             progress.close()
     show(progress.summary())
     return 0
+
+
+def _close(output: Output) -> None:
+    try:
+        output.close()
+    except OSError as error:
+        show(f"the last answers could not be written: {error.strerror or error}")
 
 
 def _backend(options: BatchOptions, settings: dict[str, Any]) -> Backend:
@@ -336,15 +344,6 @@ class Progress:
             f"{self.num_errors:,} errors; {self.num_prompt_tokens:,} prompt tokens, "
             f"{self.num_output_tokens:,} output tokens "
             f"({self.num_output_tokens / max(took, 1e-9):,.0f}/s)"
-        )
-
-
-def warn_of_url(options: BatchOptions) -> None:
-    """Say beforehand what an object store cannot do."""
-    if is_url(options.output) or (options.errors and is_url(options.errors)):
-        show(
-            "an object store shows the output when the batch ends, and a killed batch begins "
-            "again: name a local path to go on where it stopped"
         )
 
 

@@ -3,7 +3,7 @@
 An `Output` on a disk is append-only: each line is one write, so that a killed run leaves at most
 one torn line, which the next run cuts off; the disk is told to keep it at intervals and at the end.
 It is locked, so two runs cannot mix. A URL (`s3://...`, through fsspec) can be neither appended to
-nor locked: what is written there appears at the end, and a killed run begins again.
+nor locked; `deployments.batch_objects` writes there.
 """
 
 import errno
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol, cast
 
 from deployments.batch_lines import BatchError, Done, read_done
+from deployments.batch_objects import ObjectOutput
 
 SYNC_EVERY_S = 1.0
 
@@ -24,6 +25,10 @@ class DiskFull(OSError):
 
 class Output(Protocol):
     def append(self, line: bytes) -> None: ...
+
+    def finish(self) -> None:
+        """Every line of the batch has been appended."""
+        ...
 
     def close(self) -> None: ...
 
@@ -56,7 +61,7 @@ def count_lines(path: str) -> int | None:
 def open_output(path: str, done: Done) -> Output:
     """Ready to append to; what it holds already is noted in `done`."""
     if is_url(path):
-        return UrlOutput(path)
+        return _open_object(path, done)
     return FileOutput(_local(path), done)
 
 
@@ -96,6 +101,9 @@ class FileOutput:
         if time.monotonic() - self._synced > SYNC_EVERY_S:
             self._sync()
 
+    def finish(self) -> None:
+        self._sync()
+
     def close(self) -> None:
         self._sync()
         self._file.close()
@@ -120,28 +128,13 @@ class FileOutput:
         return size
 
 
-class UrlOutput:
-    """A new object, whole or not at all."""
-
-    def __init__(self, url: str) -> None:
-        self._url = url
-        fsspec = _fsspec(url)
-        try:
-            filesystem, path = fsspec.core.url_to_fs(url)
-            if filesystem.exists(path):
-                raise BatchError(
-                    f"{url} exists, and an object store cannot be appended to: name another "
-                    "output, or a local path, where a batch can be gone on with"
-                )
-            self._file = filesystem.open(path, "wb")
-        except (OSError, ImportError) as error:
-            raise BatchError(f"{url} cannot be written: {error}") from error
-
-    def append(self, line: bytes) -> None:
-        self._file.write(line)
-
-    def close(self) -> None:
-        self._file.close()
+def _open_object(url: str, done: Done) -> ObjectOutput:
+    fsspec = _fsspec(url)
+    try:
+        filesystem, path = fsspec.core.url_to_fs(url)
+    except (OSError, ImportError, ValueError) as error:
+        raise BatchError(f"{url} cannot be written: {error}") from error
+    return ObjectOutput(filesystem, path, url, done)
 
 
 def _fsspec(url: str) -> Any:

@@ -14,11 +14,20 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
-from deployments import batch, batch_files, batch_lines
+from deployments import batch, batch_files, batch_lines, batch_objects
 from deployments.batch import Batch, BatchOptions, Progress, questions, run_batch
 from deployments.batch_backends import BackendFailed, NoAnswer, Reply
 from deployments.batch_files import DiskFull, FileOutput, open_output
-from deployments.batch_lines import BatchError, Done, Question, read_lines, read_question
+from deployments.batch_lines import (
+    BatchError,
+    Done,
+    Question,
+    encode_result,
+    key,
+    read_lines,
+    read_question,
+    result,
+)
 from tests.deployments.test_ingress import MODEL, running
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -352,20 +361,123 @@ def test_a_line_is_written_whole_or_not_at_all(tmp_path):
     assert path.read_bytes() == b"x" * 99 + b"\n" + b"z" * 99 + b"\n"
 
 
-def test_urls_are_read_and_written(tmp_path):
+def test_urls_are_read(tmp_path):
     import fsspec
 
     filesystem = fsspec.filesystem("memory")
     filesystem.pipe("/in.jsonl", line("a") + b"\n" + line("b"))
     with batch_files.open_input("memory://in.jsonl") as source:
         assert source.readline() == line("a") + b"\n"
-    output = open_output("memory://out.jsonl", Done())
-    output.append(b"{}\n")
-    output.close()
-    assert filesystem.cat("/out.jsonl") == b"{}\n"
-    with pytest.raises(BatchError, match="exists, and an object store cannot be appended to"):
-        open_output("memory://out.jsonl", Done())
     assert batch_files.count_lines("memory://in.jsonl") is None
+
+
+def answered(*names):
+    """Lines of output."""
+    asked = [Question(number, name, "/v1/completions", b"{}") for number, name in enumerate(names)]
+    return [encode_result(result(one, 200, "r", b"{}")) for one in asked]
+
+
+@pytest.fixture
+def store():
+    """An object store in memory, empty, and the URL of an output in it."""
+    import fsspec
+
+    filesystem = fsspec.filesystem("memory")
+    filesystem.store.clear()
+    filesystem.pipe("/bucket/out.jsonl.part-of-somebody", b"not ours")
+    yield filesystem
+    filesystem.store.clear()
+
+
+URL = "memory://bucket/out.jsonl"
+
+
+def named(filesystem):
+    return sorted(
+        path.removeprefix("/bucket/out.jsonl") for path in filesystem.ls("/bucket", False)
+    )
+
+
+def test_in_a_store_a_batch_leaves_parts_and_goes_on_from_them(store):
+    first, second, third = answered("a", "b", "c")
+    output = open_output(URL, Done())
+    output.append(first)
+    output.append(second)
+    output.close()
+    assert named(store) == [".part-000001", ".part-of-somebody"]
+    done = Done()
+    output = open_output(URL, done)
+    assert done.answered == {key("a"), key("b")}
+    output.append(third)
+    output.finish()
+    output.close()
+    assert named(store) == ["", ".part-of-somebody"]
+    assert store.cat("/bucket/out.jsonl") == first + second + third
+    done = Done()
+    open_output(URL, done).close()
+    assert len(done) == 3
+
+
+def test_a_part_goes_when_its_time_has_come(store, monkeypatch):
+    monkeypatch.setattr(batch_objects, "PART_S", 0.05)
+    output = open_output(URL, Done())
+    output.append(answered("a")[0])
+    deadline = time.monotonic() + 10
+    while ".part-000001" not in named(store):
+        assert time.monotonic() < deadline, "no part was put"
+        time.sleep(0.01)
+    output.close()
+
+
+@pytest.mark.parametrize("broken", ["mv", "rm"])
+def test_an_end_that_is_interrupted_is_done_over(store, monkeypatch, broken):
+    lines = answered("a", "b")
+    output = open_output(URL, Done())
+    for line in lines:
+        output.append(line)
+
+    def fails(*args, **kwargs):
+        raise RuntimeError("the store is away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(store), broken, fails)
+        with pytest.raises(OSError, match=r"memory://bucket/out.jsonl: the store is away"):
+            output.finish()
+    done = Done()
+    output = open_output(URL, done)
+    assert len(done) == 2
+    output.finish()
+    assert store.cat("/bucket/out.jsonl") == b"".join(lines)
+    assert set(named(store)) - {".whole"} == {"", ".part-of-somebody"}
+
+
+def test_a_part_that_was_torn_counts_as_far_as_its_lines_are_whole(store):
+    first, second, third = answered("a", "b", "c")
+    store.pipe("/bucket/out.jsonl.part-000001", first[:-1])
+    store.pipe("/bucket/out.jsonl.part-000002", second + third[:9])
+    done = Done()
+    output = open_output(URL, done)
+    assert done.answered == {key("a"), key("b")}
+    output.append(third)
+    output.finish()
+    assert store.cat("/bucket/out.jsonl") == first + second + third
+
+
+def test_a_store_that_takes_nothing_says_so(store, monkeypatch):
+    def fails(*args, **kwargs):
+        raise RuntimeError("no such bucket")
+
+    monkeypatch.setattr(type(store), "pipe_file", fails)
+    output = open_output(URL, Done())
+    output.append(answered("a")[0])
+    with pytest.raises(OSError, match=r"memory://bucket/out.jsonl: no such bucket"):
+        output.finish()
+
+
+def test_what_is_in_a_store_and_no_result_is_not_touched(store):
+    store.pipe("/bucket/out.jsonl", b"my notes\nmore\n")
+    with pytest.raises(BatchError, match=r"line 1 of memory://bucket/out.jsonl .* name another"):
+        open_output(URL, Done())
 
 
 # The command.
