@@ -145,9 +145,9 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "S8",
         "attention sums scattered rows with those of other shares",
-        "workers/layers/attention.py",
-        "        return Activation(sum_to_shares(out_TD, split, self._group), self._rows)\n",
-        "        return Activation(out_TD[: split.num_share], self._rows)\n",
+        "workers/layers/whole_rows.py",
+        "    return Activation(sum_to_shares(out_TD, split, attn_tp), rows)\n",
+        "    return Activation(out_TD[: split.num_share], rows)\n",
     ),
     Mutation(
         "S9",
@@ -190,6 +190,20 @@ MUTATIONS: tuple[Mutation, ...] = (
         "workers/layers/dispatch.py",
         "        goes_TW = (peer_TK.unsqueeze(2) == ranks_W).any(1)\n",
         "        goes_TW = (peer_TK.unsqueeze(2) == ranks_W).all(1)\n",
+    ),
+    Mutation(
+        "S11",
+        "experts that all rows go through are left out where rows are sent",
+        "workers/layers/moe.py",
+        "        if self._shared is not None:\n            out_TD",
+        "        if self._shared is not None and self._all_to_all is None:\n            out_TD",
+    ),
+    Mutation(
+        "S11",
+        "a row chooses outside its best groups",
+        "workers/layers/moe.py",
+        "    if num_groups_chosen < num_groups:\n",
+        "    if False:\n",
     ),
     Mutation(
         "S14",

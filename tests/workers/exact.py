@@ -20,7 +20,7 @@ from tests.workers.layers.tiny import CONFIG
 from workers.batch import ForwardBatch
 from workers.layers import fast, moe, norm, rotary
 from workers.layers.dispatch import Routing
-from workers.model_config import ModelConfig, MoeConfig
+from workers.model_config import LatentConfig, ModelConfig, MoeConfig
 from workers.models import Model, build_model
 from workers.weights import OneOf
 
@@ -53,8 +53,25 @@ def sparse_config(dense_layers: Sequence[int], num_layers: int) -> ModelConfig:
     )
 
 
-CONFIGS = (sparse_config((0, 3), 4), sparse_config((1, 2), 4))
-"""Dense, sparse, sparse, dense; and the other way round: every pair of neighbours is there."""
+def deepseek_config(dense_layers: Sequence[int], num_layers: int) -> ModelConfig:
+    """Attention over a latent, experts in groups, and some that all rows go through."""
+    sparse = sparse_config(dense_layers, num_layers)
+    assert sparse.moe is not None
+    moe = replace(sparse.moe, num_experts=8, num_groups=4, num_groups_chosen=2, shared_size=16)
+    return replace(
+        sparse,
+        architecture="DeepseekV3ForCausalLM",
+        num_kv_heads=1,
+        latent=LatentConfig(
+            query_rank=6, rank=5, plain_dim=3, value_dim=2, is_interleaved=True, scale=1.0
+        ),
+        moe=moe,
+    )
+
+
+CONFIGS = (sparse_config((0, 3), 4), sparse_config((1, 2), 4), deepseek_config((0, 3), 4))
+"""Dense, sparse, sparse, dense; and the other way round: every pair of neighbours is there. Then
+the first of these in DeepSeek's form."""
 
 
 def stepped_norm(self: object, x: Tensor, weight: Tensor) -> Tensor:
@@ -71,6 +88,20 @@ def stepped_route(logits_TE: Tensor, num_chosen: int, *, normalise: bool) -> Rou
     apart_TE = logits_TE * 16 - torch.arange(logits_TE.shape[1])
     expert_TK = apart_TE.topk(num_chosen, dim=-1).indices
     weight_K = torch.arange(num_chosen, 0, -1, dtype=logits_TE.dtype)
+    return Routing(weight_K.expand(expert_TK.shape), expert_TK)
+
+
+def stepped_route_as_deepseek(logits_TE: Tensor, bias_E: Tensor | None, moe: MoeConfig) -> Routing:
+    """The same within the groups that have the highest scores."""
+    biased_TE = logits_TE if bias_E is None else logits_TE + bias_E
+    apart_TE = biased_TE * 16 - torch.arange(logits_TE.shape[1])
+    group_TG = apart_TE.unflatten(1, (moe.num_groups, -1)).amax(-1)
+    best_TG = group_TG.topk(moe.num_groups_chosen, dim=1).indices
+    open_TG = torch.zeros_like(group_TG, dtype=torch.bool).scatter_(1, best_TG, True)
+    open_TE = open_TG.repeat_interleave(moe.num_experts // moe.num_groups, 1)
+    apart_TE = apart_TE.masked_fill(~open_TE, -torch.inf)
+    expert_TK = apart_TE.topk(moe.num_experts_per_token, dim=-1).indices
+    weight_K = torch.arange(moe.num_experts_per_token, 0, -1, dtype=logits_TE.dtype)
     return Routing(weight_K.expand(expert_TK.shape), expert_TK)
 
 
@@ -100,6 +131,14 @@ class LinearAttention:
             outs.append(torch.remainder(torch.einsum("hts,shd->thd", score_HTS, v), 11.0) - 5.0)
         return torch.cat(outs)
 
+    def attend_latent(self, layer, q_THW, row_TW, *, num_values, scale, index):
+        outs = []
+        for q, row in zip(*(x.split(self._lengths) for x in (q_THW, row_TW)), strict=True):
+            score_HTS = torch.remainder(torch.einsum("thw,sw->hts", q, row), 3.0).tril()
+            out = torch.einsum("hts,sr->thr", score_HTS, row[:, :num_values])
+            outs.append(torch.remainder(out, 11.0) - 5.0)
+        return torch.cat(outs)
+
 
 def install(patch) -> None:
     """Replace the smooth functions for as long as `patch` (pytest's) lasts."""
@@ -107,6 +146,7 @@ def install(patch) -> None:
     patch.setattr(fast, "silu_and_multiply", stepped_gate)
     patch.setattr(moe, "silu_and_multiply", stepped_gate)
     patch.setattr(moe, "route", stepped_route)
+    patch.setattr(moe, "route_as_deepseek", stepped_route_as_deepseek)
     patch.setattr(rotary.RotaryTable, "at", lambda self, positions_T: SteppedRotation(positions_T))
 
 

@@ -86,17 +86,7 @@ class GroupedRouter:
             self._bias_E = torch.empty(moe.num_experts, device=build.device)
 
     def forward(self, x_TD: Tensor, weight_ED: Tensor) -> Routing:
-        logits_TE = float32_linear(x_TD, weight_ED)
-        moe = self._moe
-        return route_in_groups(
-            logits_TE.softmax(-1) if self._bias_E is None else logits_TE.sigmoid(),
-            self._bias_E,
-            moe.num_experts_per_token,
-            num_groups=moe.num_groups,
-            num_groups_chosen=moe.num_groups_chosen,
-            normalise=moe.norm_topk_prob,
-            scale=moe.scale,
-        )
+        return route_as_deepseek(float32_linear(x_TD, weight_ED), self._bias_E, self._moe)
 
     def sources(self) -> Sequence[Source]:
         if self._bias_E is None or self._bias_name is None:
@@ -115,6 +105,19 @@ def route(logits_TE: Tensor, num_chosen: int, *, normalise: bool) -> Routing:
     if normalise:
         weight_TK /= weight_TK.sum(-1, keepdim=True)
     return Routing(weight_TK.to(logits_TE.dtype), expert_TK)
+
+
+def route_as_deepseek(logits_TE: Tensor, bias_E: Tensor | None, moe: MoeConfig) -> Routing:
+    """From float32 scores: V3's choice if there is a bias, else V2's."""
+    return route_in_groups(
+        logits_TE.softmax(-1) if bias_E is None else logits_TE.sigmoid(),
+        bias_E,
+        moe.num_experts_per_token,
+        num_groups=moe.num_groups,
+        num_groups_chosen=moe.num_groups_chosen,
+        normalise=moe.norm_topk_prob,
+        scale=moe.scale,
+    )
 
 
 def route_in_groups(

@@ -1,0 +1,90 @@
+"""Real ranks over gloo: tiny DeepSeek checkpoints say in every layout what one rank says.
+
+And one rank says what transformers says. Six layouts run by default: each of tensor parallel,
+attention replicas, experts spread, an all-to-all, dense layers elsewhere, a head within a replica
+and attention that gathers inside meets a latent cache in at least one of them. The others are
+`slow`.
+"""
+
+import pytest
+import torch
+
+from deployments.llm import LLM, SamplingParams
+from tests.e2e.test_parallel import A2A, DP2, DP4, REPLICAS, all_of_them, name_of
+from tests.workers.reference import expected_logits, save_tiny
+from tests.workers.test_models import GROUPS, INDEX, LATENT, SHARP_YARN
+
+pytestmark = [
+    pytest.mark.timeout(180),
+    pytest.mark.row("S8"),
+    pytest.mark.row("S10"),
+    pytest.mark.row("S11"),
+]
+
+WIDE = LATENT | GROUPS | {"hidden_size": 64, "v_head_dim": 16, "max_position_embeddings": 128}
+FAMILIES = {
+    "v3": ("DeepseekV3", {**WIDE, "rope_parameters": SHARP_YARN}),
+    "v3.2": ("DeepseekV32", {**WIDE, **INDEX, "index_topk": 8}),
+}
+PROMPTS = [list(range(3, 40)), [258, 0, 17, 200, 33], [7, 9], list(range(90, 101)), [5] * 20]
+LIMITS = (4, 24, 12, 3, 16)
+"""Few tokens for some, so that replicas fall idle while others go on."""
+
+DEFAULT = [
+    ("v3", {"tp_size": 2, "ep_size": 2, "moe_dense_tp_size": 1}),
+    ("v3", {**DP2, "ep_size": 2, "enable_dp_lm_head": True, "moe_dense_tp_size": 2}),
+    ("v3", {**DP2, **A2A, "ep_size": 4, "disable_attn_tp_gather": True, "moe_dense_tp_size": 1}),
+    ("v3.2", {"tp_size": 4, "disable_attn_tp_gather": True, "moe_dense_tp_size": 1}),
+    ("v3.2", {"tp_size": 2, **REPLICAS}),
+    ("v3.2", {**DP4, **A2A, "ep_size": 4, "enable_dp_lm_head": True, "moe_dense_tp_size": 1}),
+]
+
+
+def greedy(folder, **settings):
+    """Each prompt's tokens with their log-probabilities."""
+    limits = {"device": "cpu", "kv_cache_gb": 0.02, "max_num_seqs": 4, "max_model_len": 96}
+    params = [
+        SamplingParams(temperature=0, max_tokens=n, ignore_eos=True, logprobs=0) for n in LIMITS
+    ]
+    with LLM(model=str(folder), **limits, max_num_batched_tokens=16, **settings) as llm:
+        return llm.generate(PROMPTS, params, detokenize=False)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Folders, and what one rank says of each: compared with transformers already."""
+    made = {}
+    for family, (name, changes) in FAMILIES.items():
+        folder = tmp_path_factory.mktemp(family)
+        theirs = save_tiny(folder, name, **changes)
+        answers = greedy(folder)
+        for prompt, answer in zip(PROMPTS, answers, strict=True):
+            logits = expected_logits(theirs, [prompt + answer.ids])[len(prompt) - 1 : -1]
+            assert logits.argmax(-1).tolist() == answer.ids
+            told = torch.tensor([value.logprob for value in answer.logprobs])
+            torch.testing.assert_close(told, logits.log_softmax(-1).amax(-1), atol=1e-4, rtol=1e-4)
+        made[family] = folder, answers
+    return made
+
+
+def compare(folder, settings, one_rank):
+    for ours, theirs in zip(greedy(folder, **settings), one_rank, strict=True):
+        assert ours.ids == theirs.ids
+        for mine, other in zip(ours.logprobs, theirs.logprobs, strict=True):
+            assert mine.logprob == pytest.approx(other.logprob, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"), DEFAULT, ids=lambda v: v if isinstance(v, str) else name_of(v)
+)
+def test_real_ranks_say_what_one_rank_says(family, settings, models):
+    folder, one_rank = models[family]
+    compare(folder, settings, one_rank)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", list(all_of_them()), ids=name_of)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_other_combinations_do_too(family, settings, models):
+    folder, one_rank = models[family]
+    compare(folder, settings, one_rank)
