@@ -58,6 +58,8 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    """How many of the likeliest to tell beside each prompt token's own."""
     grammar: Grammar | None = None
     """What the text must look like: `Grammar("regex", "[0-9]+")`; "json" takes a schema's text."""
 
@@ -73,6 +75,7 @@ class SamplingParams:
             min_tokens=self.min_tokens,
             stop_token_ids=() if self.ignore_eos else stop_token_ids,
             num_logprobs=-1 if self.logprobs is None else self.logprobs,
+            num_prompt_logprobs=-1 if self.prompt_logprobs is None else self.prompt_logprobs,
             seed=seed,
         )
 
@@ -86,6 +89,8 @@ class Answer:
     text: str = ""
     finish_reason: str | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
+    """Of the prompt's tokens by position, if they were asked for; the first has none."""
     num_cached: int = 0
     """Prompt tokens found in the prefix cache."""
 
@@ -270,6 +275,9 @@ class LLM:
         for request, _, values in message.logprobs:
             if request in readers:
                 readers[request].answer.logprobs.append(values)
+        for request, first, found in message.prompt_logprobs:
+            if request in readers:
+                readers[request].answer.prompt_logprobs.update(enumerate(found, start=first))
         num_before = len(readers)
         for request, token in zip(message.requests, message.tokens, strict=True):
             reader = readers.get(request)
