@@ -62,7 +62,8 @@ def _title(plan: Plan) -> str:
     ranks = f"{layout.tp_size} ranks"
     if layout.num_domains > 1:
         ranks = f"each of {layout.num_domains} separate replicas of {ranks}"
-    attention = f"attention {layout.attn_dp_size} x {layout.attn_tp_size}"
+    context = f" x {layout.attn_cp_size}" if layout.attn_cp_size > 1 else ""
+    attention = f"attention {layout.attn_dp_size}{context} x {layout.attn_tp_size}"
     experts = f"experts {layout.moe_dp_size} x {layout.ep_size} x {layout.moe_tp_size}"
     parts = [attention, experts] if sparse else [attention]
     return f"{plan.model.architecture}, {layers}, on {ranks}: {', '.join(parts)}"
@@ -112,11 +113,15 @@ def _collective(one: Collective, layout: Layout) -> str:
 
 def _consequences(plan: Plan) -> Iterator[str]:
     """What the driver and the arena make of it."""
-    multiple = plan.row_multiple
+    multiple, num_parts = plan.row_multiple, plan.layout.attn_cp_size
     if multiple == 1:
         yield "rows       of a replica are never rounded up"
     else:
-        yield f"rows       of a replica are padded to a multiple of {multiple}, its ranks"
+        what = "its parts" if multiple == num_parts else "its ranks"
+        yield f"rows       of a replica are padded to a multiple of {multiple}, {what}"
+    if num_parts > 1:
+        yield f"context    prompts are cut zigzag over {num_parts} parts, decodes are dealt out;"
+        yield "           keys and values are gathered while queries are computed"
     if plan.crosses_replicas:
         yield "padding    MAX_LEN or SUM_LEN, in the step's header: no collective agrees on it"
     if plan.collectives:

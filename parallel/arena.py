@@ -35,7 +35,7 @@ GIB = 2**30
 
 Role = Literal[
     "embedded", "reduced", "logits", "all_logits", "local_dp", "global_dp", "scattered",
-    "gather_in", "scatter_in",
+    "gather_in", "scatter_in", "cp_in", "cp_kv",
 ]  # fmt: skip
 """What a slot is for. One that is held while another of its role is written needs its own role."""
 
@@ -117,6 +117,8 @@ class ModelSizes(NamedTuple):
     num_rows: int
     """Rows of one replica in the largest step."""
     num_logit_rows: int
+    context_bytes: int = 0
+    """What one row leaves in the cache of a layer on one rank: gathered over attn_cp."""
 
 
 def model_needs(
@@ -128,18 +130,21 @@ def model_needs(
 ) -> list[Need]:
     """The slots for a model's (op, group) pairs, in the order given.
 
-    A group inside a replica works on the replica's rows, one that reaches over replicas on the
-    rows of all, each padded to the longest. Rows are aligned as a step's are. With uneven shares
-    what is scattered is first put at equal distances, in a slot of its own.
+    A group inside one part of a replica works on the part's rows, one that reaches over parts on
+    the rows of all, each padded to the longest. Rows are aligned as a step's are. With uneven
+    shares what is scattered is first put at equal distances, in a slot of its own. What goes over
+    attn_cp is no layer's input or output: see `context_needs`.
     """
-    unit = layout.attn_tp_size * (2 * layout.attn_cp_size if layout.attn_cp_size > 1 else 1)
-    local = -(-sizes.num_rows // unit) * unit
+    unit = layout.attn_tp_size * layout.attn_cp_size
+    local = -(-sizes.num_rows // unit) * layout.attn_tp_size
     width = sizes.hidden_size * sizes.itemsize
     needs = [Need("embedded", ("attn_tp",), local * width)]
     for op, name in collectives:
+        if name == "attn_cp":
+            continue
         num_ranks = len(layout.groups(name)[0])
-        is_shared = num_ranks * layout.attn_dp_size > layout.tp_size
-        rows = local * (layout.attn_dp_size if is_shared else 1)
+        is_shared = num_ranks > layout.attn_tp_size
+        rows = local * (layout.num_parts if is_shared else 1)
         whole, part = rows * width, max(rows // num_ranks, sizes.num_logit_rows) * width
         if op in ("all_reduce", "reduce_scatter"):
             needs.append(Need("reduced", (name,), whole))
@@ -153,19 +158,39 @@ def model_needs(
     return needs
 
 
+def context_needs(layout: Layout, sizes: ModelSizes) -> list[Need]:
+    """Of context parallelism, each gather padded to the longest part: what rows leave in the cache
+    on its side stream, and hidden rows (of the head, or a float32 a row) beside it."""
+    num_parts = layout.attn_cp_size
+    longest = -(-sizes.num_rows // num_parts)
+    cached = longest * sizes.context_bytes
+    hidden = max(sizes.num_logit_rows * sizes.hidden_size * sizes.itemsize, longest * 4)
+    return [
+        Need("cp_in", ("attn_cp",), cached),
+        Need("cp_kv", ("attn_cp",), num_parts * cached),
+        Need("gather_in", ("attn_cp",), hidden),
+        Need("local_dp", ("attn_cp",), num_parts * hidden),
+    ]
+
+
 def logit_needs(
-    layout: Layout, sizes: ModelSizes, *, spans_replicas: bool, itemsize: int = 4
+    layout: Layout,
+    sizes: ModelSizes,
+    *,
+    spans_replicas: bool,
+    group: GroupName = "attn_tp",
+    itemsize: int = 4,
 ) -> list[Need]:
-    """The head's. Within a replica every rank's columns of float32 logits are gathered; over
-    replicas their hidden rows are, and the columns come back by an all-to-all."""
+    """The head's. Within a replica every rank's columns of float32 logits are gathered over
+    `group`; over replicas their hidden rows are, and the columns come back by an all-to-all."""
     if spans_replicas:
         part = sizes.num_logit_rows * sizes.hidden_size * sizes.itemsize
         whole = layout.attn_dp_size * part
         return [Need("gather_in", ("attn_dp",), part), Need("global_dp", ("attn_dp",), whole)]
-    num_ranks = layout.attn_tp_size
+    num_ranks = len(layout.groups(group)[0])
     part = sizes.num_logit_rows * -(-sizes.vocab_size // num_ranks) * itemsize
     whole = num_ranks * part
-    return [Need("logits", ("attn_tp",), part), Need("all_logits", ("attn_tp",), whole)]
+    return [Need("logits", (group,), part), Need("all_logits", (group,), whole)]
 
 
 class Block(NamedTuple):

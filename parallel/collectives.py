@@ -8,12 +8,15 @@ rank that skips one, or makes one on other memory, is found by its digest.
     function               reads                       writes
     all_reduce             x of every member           x, in place, at one offset on all ranks
     all_gather_rows        x of every member           out: a slot of its own, never a part of x
+    start_all_gather_rows  the same, on a side stream until it is waited for
     reduce_scatter_rows    this rank's rows of all x   out: a slot of its own, never a part of x
     all_to_all_rows        this rank's block of all x  out: ordinary memory, there is no kernel
 
 No collective reads or writes at an offset that depends on the rank: a gather from, or a scatter
 into, the rank's own rows of the whole would, and is refused.
 """
+
+from collections.abc import Callable
 
 from torch import Tensor
 
@@ -42,7 +45,7 @@ def _enter(op: Op, group: Group, send: Tensor, receive: Tensor, note: str = "") 
     path, reason, places = judge(op, group, send, receive)
     call = Call(op, group.name, send.shape, group.is_shared, path, reason or note, places)
     group.ledger.record(call)
-    group.ledger.is_inside = True
+    group.ledger.inside = group.ledger.num_collectives
     return transport
 
 
@@ -52,7 +55,7 @@ def all_reduce(x: Tensor, group: Group) -> Tensor:
         return x
     transport = _enter("all_reduce", group, x, x)
     transport.all_reduce(x)
-    group.ledger.is_inside = False
+    group.ledger.inside = 0
     return x
 
 
@@ -74,8 +77,42 @@ def all_gather_rows(
         out = _output(x_TD, group, role, (group.size * x_TD.shape[0], *x_TD.shape[1:]))
     transport = _enter("all_gather", group, x_TD, out, reason)
     transport.all_gather(out, x_TD)
-    group.ledger.is_inside = False
+    group.ledger.inside = 0
     return out
+
+
+class PendingGather:
+    """A gather that goes on while its caller computes something else."""
+
+    def __init__(self, group: Group, x: Tensor, out: Tensor, finish: Callable[[], None]) -> None:
+        self._group, self._finish = group, finish
+        self._x, self._out = x, out  # kept: neither's memory is anyone else's until it is done
+
+    def wait(self) -> Tensor:
+        """The ranks' rows (W * T, ...): complete for what the current stream does from here."""
+        ledger = self._group.ledger
+        ledger.inside = ledger.end(self._group.name)
+        self._finish()
+        ledger.inside = 0
+        return self._out
+
+
+def start_all_gather_rows(x_TD: Tensor, group: Group, *, out: Tensor) -> PendingGather:
+    """Begin to stack every rank's rows (T, ...) into `out` (W * T, ...), and do not wait.
+
+    Both are the group's slots where memory is symmetric: nothing is copied here. The gather must be
+    waited for in the same step and before the next one over this group; until then nobody writes
+    `x` or touches `out`. On a GPU it has a stream of its own and begins when what the current
+    stream has been given is done.
+    """
+    if group.size == 1:
+        raise ValueError(f"a gather over {group.name}, which is one rank, has nothing to wait for")
+    _refuse_overlap("all_gather", group, x_TD, out)
+    transport = _enter("all_gather", group, x_TD, out)
+    group.ledger.begin(group.name)
+    pending = PendingGather(group, x_TD, out, transport.start_all_gather(out, x_TD))
+    group.ledger.inside = 0
+    return pending
 
 
 def all_gather_columns(x_TD: Tensor, group: Group, *, role: Role | None = None) -> Tensor:
@@ -107,7 +144,7 @@ def reduce_scatter_rows(
         out = _output(x_TD, group, role, (x_TD.shape[0] // group.size, *x_TD.shape[1:]))
     transport = _enter("reduce_scatter", group, x_TD, out, reason)
     transport.reduce_scatter(out, x_TD)
-    group.ledger.is_inside = False
+    group.ledger.inside = 0
     return out
 
 
@@ -120,7 +157,7 @@ def all_to_all_rows(x_TD: Tensor, group: Group) -> Tensor:
     out = x_TD.new_empty(x_TD.shape)
     transport = _enter("all_to_all", group, x_TD, out)
     transport.all_to_all(out, x_TD)
-    group.ledger.is_inside = False
+    group.ledger.inside = 0
     return out
 
 

@@ -1,5 +1,8 @@
 """Rows of a step over attention replicas: who has which, and how they are brought together.
 
+With context parallelism a replica is several *parts* with rows of their own (`parallel.context`),
+and all that is said of replicas here holds of parts; without it a replica is one part.
+
 Every rank knows every replica's row count from the step's header, so all that follows is worked
 out without asking: a `RowSplit` is the arithmetic of one step, and the functions below it move rows
 between the three layouts of `parallel.plan.Rows`. Each makes one collective, over the group that it
@@ -14,7 +17,7 @@ Where the ranks' shares are unequal, every rank's part of a collective is as lon
 share, or, where that would move more than all rows twice, the rows are summed in one buffer that is
 zero where a rank has nothing. What is exchanged has the same shape on all ranks either way.
 
-    >>> split = RowSplit(rows=(4, 2), num_real=(3, 2), attn_tp=2, replica=0, place=1)
+    >>> split = RowSplit(rows=(4, 2), num_real=(3, 2), attn_tp=2, part=0, place=1)
     >>> split.shares, split.share, split.own
     ((2, 2, 1, 1), slice(2, 4, None), slice(0, 4, None))
 """
@@ -30,6 +33,7 @@ from parallel.collectives import (
     all_to_all_rows,
     reduce_scatter_rows,
 )
+from parallel.context_gather import ContextGather
 from parallel.groups import Group
 from parallel.plan import Rows
 from parallel.symmetric import get_global_dp_buffer, get_local_dp_buffer
@@ -76,7 +80,7 @@ class RowCounts(NamedTuple):
     num_real: tuple[int, ...]
     """Rows that are tokens."""
     padded: tuple[int, ...]
-    """Rows as the model sees them; what is past the real ones is padding."""
+    """Rows as the model sees them, in all parts of the replica together; the rest is padding."""
     num_logit_rows: tuple[int, ...]
     num_prompt_rows: tuple[int, ...] = ()
     """Rows whose next prompt token's log-probability is wanted; empty if no replica has any."""
@@ -85,9 +89,13 @@ class RowCounts(NamedTuple):
 class RowSplit:
     """The rows of one step, as one rank sees them.
 
-    Replica r's rows come r-th in FULL. A replica's rows are cut into `attn_tp` shares of equal
-    length, the last ones shorter or empty where they do not divide.
+    Part p's rows come p-th in FULL. A part's rows are cut into `attn_tp` shares of equal length,
+    the last ones shorter or empty where they do not divide.
     """
+
+    context: ContextGather | None = None
+    """How attention brings together the rows of its replica's parts, set anew in every step; None
+    if a replica is one part."""
 
     def __init__(
         self,
@@ -95,38 +103,38 @@ class RowSplit:
         rows: tuple[int, ...],
         num_real: tuple[int, ...],
         attn_tp: int,
-        replica: int,
+        part: int,
         place: int,
         device: torch.device | None = None,
     ) -> None:
-        """`place` is this rank's in its attention-TP group, `replica` its in attn_dp."""
-        self.num_rows = rows[replica]
-        """Rows of this replica."""
-        self.num_real = num_real[replica]
+        """`part` is this rank's among all parts, `place` this rank's in its attention-TP group."""
+        self.num_rows = rows[part]
+        """Rows of this part."""
+        self.num_real = num_real[part]
         self.total = sum(rows)
         lengths = [-(-count // attn_tp) for count in rows]
         self.shares = tuple(
-            min(length, max(0, count - part * length))
+            min(length, max(0, count - number * length))
             for count, length in zip(rows, lengths, strict=True)
-            for part in range(attn_tp)
+            for number in range(attn_tp)
         )
         """Rows of every tp rank, scattered."""
         self.longest = max(self.shares)
-        start = sum(rows[:replica])
+        start = sum(rows[:part])
         self.own = slice(start, start + self.num_rows)
-        """This replica's rows in FULL."""
-        self.share_length = lengths[replica]
-        mine = replica * attn_tp + place
+        """This part's rows in FULL."""
+        self.share_length = lengths[part]
+        mine = part * attn_tp + place
         first = place * self.share_length
         self.share = slice(min(first, self.num_rows), min(first + self.share_length, self.num_rows))
-        """This rank's share of its replica's rows."""
+        """This rank's share of its part's rows."""
         self.share_in_all = slice(start + self.share.start, start + self.share.stop)
         self.num_share = self.shares[mine]
         self.is_even = len(set(self.shares)) == 1
         self.uses_slots = len(self.shares) * self.longest <= 2 * self.total
         """Uneven shares are exchanged in slots of the longest, not summed in one buffer."""
         self._rows, self._num_real, self._device = rows, num_real, device
-        self._replica = replica
+        self._part = part
         self._num_live_P: Tensor | None = None
         self._slots: Tensor | None = None
         self._live: dict[Rows, Tensor | None] = {}
@@ -145,7 +153,7 @@ class RowSplit:
     def follow(self, num_live_P: Tensor) -> None:
         """From here on which rows are tokens is read off `num_live_P` when kernels run.
 
-        For a step that is captured: its replicas are padded alike, and how many of a replica's rows
+        For a step that is captured: its parts are padded alike, and how many of each part's rows
         are tokens changes from one replay to the next. Called at the beginning of every pass.
         """
         self._num_live_P = num_live_P
@@ -165,11 +173,11 @@ class RowSplit:
         return self._live[rows]
 
     def _rows_below(self, num_live_P: Tensor, rows: Rows) -> Tensor:
-        """Computed on the device; all replicas have equally many rows."""
+        """Computed on the device; all parts have equally many rows."""
         place_T = torch.arange(self.num_rows, device=num_live_P.device)
         if rows is Rows.FULL:
             return (place_T < num_live_P.unsqueeze(1)).flatten()
-        own_T = place_T < num_live_P[self._replica]
+        own_T = place_T < num_live_P[self._part]
         return own_T if rows is Rows.TP_ATTN_FULL else own_T[self.share]
 
     def _live_rows(self, rows: Rows) -> Tensor:

@@ -35,6 +35,13 @@ class Transport(Protocol):
         """`out` (W * N, ...) becomes the ranks' `x` (N, ...) in group order."""
         ...
 
+    def start_all_gather(self, out: Tensor, x: Tensor) -> Callable[[], None]:
+        """`all_gather`, begun; what it returns is called to wait for it.
+
+        Until then `x` must not be written, and `out` neither read nor written.
+        """
+        ...
+
     def reduce_scatter(self, out: Tensor, x: Tensor) -> None:
         """`out` (N, ...) becomes this rank's block of the sum of all `x` (W * N, ...)."""
         ...
@@ -54,6 +61,10 @@ class Transport(Protocol):
     def register(self, block: Block) -> None:
         """Make `block` symmetric on this communicator, if its back end knows such memory."""
         ...
+
+
+class CollectiveError(RuntimeError):
+    """A collective was begun and not waited for, or the other way round."""
 
 
 class Call(NamedTuple):
@@ -91,8 +102,10 @@ class Ledger:
     def __init__(self) -> None:
         self.counts: PathCounts = Counter()
         """Over all steps that were taken."""
-        self.is_inside = False
-        """The last one begun has not returned."""
+        self.inside = 0
+        """Which of the step's has not returned; 0 for none."""
+        self._begun: dict[GroupName, int] = {}
+        """By group, which of the step's has been begun and not been waited for."""
         self._calls: list[Call] = []
         self._last: list[Call] | None = None
         self._last_digest = b""
@@ -108,17 +121,31 @@ class Ledger:
 
         Another thread may ask.
         """
-        calls = self._calls
-        if not self.is_inside or not calls:
+        calls, number = self._calls, self.inside
+        if not 0 < number <= len(calls):
             return 0, "", ""
-        return len(calls), calls[-1].op, calls[-1].group
+        return number, calls[number - 1].op, calls[number - 1].group
 
     def record(self, call: Call) -> None:
         self._calls.append(call)
 
+    def begin(self, group: GroupName) -> None:
+        """The collective recorded last goes on until `end`; a group has one such at a time."""
+        if group in self._begun:
+            raise CollectiveError(
+                f"a second gather over {group} was begun before the first was waited for"
+            )
+        self._begun[group] = len(self._calls)
+
+    def end(self, group: GroupName) -> int:
+        """Which of the step's collectives it was that is waited for now."""
+        if group not in self._begun:
+            raise CollectiveError(f"nothing over {group} goes on in this step to be waited for")
+        return self._begun.pop(group)
+
     def take(self) -> bytes:
         """The step's digest; starts the next step's. Steps alike cost a comparison."""
-        calls, self._calls = self._calls, []
+        calls = self._close()
         if calls != self._last:
             self._last = calls
             self._last_digest = digest_of(calls)
@@ -130,12 +157,20 @@ class Ledger:
 
     def cut(self) -> tuple[Call, ...]:
         """Takes out what the step under way has recorded so far, for a graph's capture."""
-        calls, self._calls = tuple(self._calls), []
-        return calls
+        return tuple(self._close())
 
     def replay(self, calls: Sequence[Call]) -> None:
         """Records a captured graph's collectives, which it is about to make."""
         self._calls.extend(calls)
+
+    def _close(self) -> list[Call]:
+        """The step's calls, all of which are over."""
+        if self._begun:
+            raise CollectiveError(
+                f"a gather over {', '.join(self._begun)} was begun in this step and not waited for"
+            )
+        calls, self._calls = self._calls, []
+        return calls
 
     def forget_last(self) -> None:
         """As if the last collective had not been called, for planted faults."""
@@ -245,12 +280,26 @@ class TorchTransport:
 
     def __init__(self, process_group: dist.ProcessGroup) -> None:
         self.process_group = process_group
+        self._side: torch.cuda.Stream | None = None
 
     def all_reduce(self, x: Tensor) -> None:
         dist.all_reduce(x, group=self.process_group)
 
     def all_gather(self, out: Tensor, x: Tensor) -> None:
         _all_gather(out, x, group=self.process_group)
+
+    def start_all_gather(self, out: Tensor, x: Tensor) -> Callable[[], None]:
+        """On a GPU on a stream of its own, which a graph's capture follows and joins."""
+        if not x.is_cuda:
+            work = _all_gather(out, x, group=self.process_group, async_op=True)
+            return lambda: _finish(work)
+        side = self._side
+        if side is None:
+            side = self._side = torch.cuda.Stream(x.device, priority=-1)
+        side.wait_stream(torch.cuda.current_stream(x.device))
+        with torch.cuda.stream(side):
+            _all_gather(out, x, group=self.process_group)
+        return lambda: torch.cuda.current_stream(x.device).wait_stream(side)
 
     def reduce_scatter(self, out: Tensor, x: Tensor) -> None:
         _reduce_scatter(out, x, group=self.process_group)
@@ -298,6 +347,11 @@ def connect_torch(
         return TorchTransport(group)
 
     return connect
+
+
+def _finish(work: dist.Work | None) -> None:
+    if work is not None:
+        work.wait()
 
 
 # torch 2.13 renamed these two and warns of the old names; 2.11 has only those.

@@ -120,6 +120,11 @@ class Layout:
         return self.attn_dp_size
 
     @property
+    def num_parts(self) -> int:
+        """Parts of one domain with rows of their own: `attn_cp_size` of every replica."""
+        return self.attn_dp_size * self.attn_cp_size
+
+    @property
     def world_size(self) -> int:
         return self.tp_size * self.num_domains
 

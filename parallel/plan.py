@@ -7,6 +7,11 @@ says for every boundary which collectives that takes, over which group, and refu
 what it cannot do. `workers.layers.communicator` executes boundaries; the driver reads
 `row_multiple` off the plan to pad with; `lockstep plan` prints it.
 
+Context parallelism (`parallel.context`) splits a replica's rows over its attn_cp parts. Outside
+attention a part is like a replica: TP_ATTN_FULL are the rows of one part, FULL those of all parts
+of all replicas. Inside attention what rows leave in the cache is gathered over attn_cp, and behind
+the last layer the rows that the head reads are.
+
 Arithmetic only: no torch, no process group. Whether a step's replicas hold equal numbers of rows
 (`parallel.padding`) does not change the plan, only how many rows its collectives move.
 
@@ -37,7 +42,8 @@ class PlanError(ValueError):
 class Rows(Enum):
     """Where the rows of a step are. Four ranks, two replicas with rows ab and cd:
 
-    SCATTERED a|b|c|d, TP_ATTN_FULL ab|ab|cd|cd, FULL abcd on all ranks.
+    SCATTERED a|b|c|d, TP_ATTN_FULL ab|ab|cd|cd, FULL abcd on all ranks. The same if they are the
+    two parts of one replica.
     """
 
     SCATTERED = "SCATTERED"
@@ -162,6 +168,7 @@ class Plan:
     def stages(self) -> Iterator[Stage]:
         """All of a forward pass, in order."""
         full, attn_tp = Rows.TP_ATTN_FULL, self.layout.attn_tp_size > 1
+        context = (Collective("all_gather", "attn_cp"),) if self.layout.attn_cp_size > 1 else ()
         embedding = (Collective("all_reduce", "attn_tp"),) if attn_tp else ()
         yield Stage(None, "embedding", (full,), None, embedding)
         for layer, mlp in enumerate(self.mlps):
@@ -170,10 +177,11 @@ class Plan:
                 path, owed = (Rows.SCATTERED, full, Rows.SCATTERED), None
                 inside = (
                     Collective("all_gather", "attn_tp"),
+                    *context,
                     Collective("reduce_scatter", "attn_tp"),
                 )
             else:
-                path, owed, inside = (full,), None, ()
+                path, owed, inside = (full,), None, context
             yield Stage(layer, "attention", path, owed, inside)
             kind = "experts" if self.model.sparse[layer] else "dense MLP"
             yield _stage(layer, f"into {kind}", self.into_mlp(layer))
@@ -195,10 +203,11 @@ class Plan:
 
     @property
     def row_multiple(self) -> int:
-        """What a replica's rows are padded to a multiple of."""
+        """What a replica's rows are padded to a multiple of, so that its parts are alike."""
+        num_parts = self.layout.attn_cp_size
         if self.attention.rows is Rows.SCATTERED:
-            return 1  # the block pads inside its own collectives
-        return self.layout.attn_tp_size if self.is_scattered else 1
+            return num_parts  # the block pads inside its own collectives
+        return num_parts * (self.layout.attn_tp_size if self.is_scattered else 1)
 
     @property
     def crosses_replicas(self) -> bool:
@@ -207,8 +216,8 @@ class Plan:
 
     @property
     def require_mlp_tp_gather(self) -> bool:
-        """Rows of all replicas are gathered, for an MLP or for the head."""
-        if self.layout.attn_dp_size == 1:
+        """Rows of all replicas, or of all parts of one, are gathered, for an MLP or the head."""
+        if self.layout.num_parts == 1:
             return False
         return self.head.rows is Rows.FULL or any(mlp.rows is Rows.FULL for mlp in self.mlps)
 
@@ -241,11 +250,12 @@ class Plan:
         return ()
 
     def _logits(self) -> tuple[Collective, ...]:
+        context = (Collective("all_gather", "attn_cp"),) if self.layout.attn_cp_size > 1 else ()
         if self.head.rows is Rows.FULL:
-            return Collective("all_gather", "attn_dp"), Collective("all_to_all", "tp")
-        if self.layout.attn_tp_size > 1:
-            return (Collective("all_gather", "attn_tp"),)
-        return ()
+            return *context, Collective("all_gather", "attn_dp"), Collective("all_to_all", "tp")
+        if self.head.group is not None:
+            return *context, Collective("all_gather", self.head.group)
+        return context
 
 
 def compile_plan(layout: Layout, settings: PlanSettings, model: ModelLayers) -> Plan:
@@ -276,9 +286,19 @@ def compile_plan(layout: Layout, settings: PlanSettings, model: ModelLayers) -> 
         model=model,
         attention=attention,
         mlps=mlps,
-        head=Place(Rows.FULL, "tp") if spans else Place(Rows.TP_ATTN_FULL, shape.group("attn_tp")),
+        head=Place(Rows.FULL, "tp") if spans else Place(Rows.TP_ATTN_FULL, _head_group(shape)),
         boundaries=(*boundaries, last),
     )
+
+
+def _head_group(shape: "_Shape") -> GroupName | None:
+    """Over which ranks the head of one replica is split: they have all its logit rows.
+
+    A replica's parts do, once those are gathered. The group of all its ranks has a name only if
+    there is one replica.
+    """
+    alone = shape.layout.attn_dp_size == 1 and shape.layout.attn_cp_size > 1
+    return shape.group("tp" if alone else "attn_tp")
 
 
 class _Shape(NamedTuple):
@@ -288,7 +308,7 @@ class _Shape(NamedTuple):
 
     def rows(self, rows: Rows) -> Rows:
         """One name for layouts that hold the same rows on every rank."""
-        if rows is Rows.FULL and self.layout.attn_dp_size == 1:
+        if rows is Rows.FULL and self.layout.num_parts == 1:
             return Rows.TP_ATTN_FULL
         if rows is Rows.SCATTERED and self.layout.attn_tp_size == 1:
             return Rows.TP_ATTN_FULL
@@ -404,11 +424,6 @@ def _refuse(layout: Layout, settings: PlanSettings, model: ModelLayers) -> None:
 def _reasons(layout: Layout, settings: PlanSettings, model: ModelLayers) -> Iterator[str]:
     """Why there is no plan, the first thing to change first."""
     backend, ep = settings.moe_a2a_backend, layout.ep_size
-    if layout.attn_cp_size > 1:
-        yield (
-            f"attn_cp_size={layout.attn_cp_size}: context parallelism is not offered yet; set it "
-            "to 1"
-        )
     if settings.enable_dp_lm_head and not layout.enable_dp_attention:
         yield (
             "enable_dp_lm_head splits the head within attention replicas, and there is one "

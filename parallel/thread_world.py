@@ -113,6 +113,10 @@ class ThreadTransport:
     def all_gather(self, out: Tensor, x: Tensor) -> None:
         out.copy_(self._meeting.exchange(self._place, _offer("all_gather", x), torch.cat))
 
+    def start_all_gather(self, out: Tensor, x: Tensor) -> Callable[[], None]:
+        """Made when it is waited for: who reads `out` or writes `x` before sees what is wrong."""
+        return lambda: self.all_gather(out, x)
+
     def reduce_scatter(self, out: Tensor, x: Tensor) -> None:
         def my_block(inputs: list[Tensor]) -> Tensor:
             return _sum([block.chunk(len(inputs))[self._place] for block in inputs])

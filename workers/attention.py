@@ -53,9 +53,9 @@ class PagedAttention:
         kv_rows_T: Tensor,
         upload: Callable[[NDArray[np.int64]], Tensor],
     ) -> None:
-        """Take a step's rows; the tensors are `rows`' own, on the device."""
+        """Take the step's rows that attend here; the tensors are `rows`' own, on the device."""
         self._kv_rows_T, self._positions_T = kv_rows_T, positions_T
-        self._longest = int(rows.positions_T.max()) + 1
+        self._longest = int(rows.positions_T.max(initial=-1)) + 1
         self._decodes = self._prepare_decodes(rows, positions_T)
         self._chunks = [(chunk, self._chunk_pages(chunk)) for chunk in rows.chunks]
 
@@ -63,16 +63,16 @@ class PagedAttention:
         self,
         layer: int,
         q_THD: Tensor,
-        k_TGD: Tensor,
-        v_TGD: Tensor,
+        k_UGD: Tensor,
+        v_UGD: Tensor,
         *,
         scale: float,
         sliding_window: int | None,
     ) -> Tensor:
         """See `workers.batch.Attention`."""
         keys_XGD, values_XGD = self._cache.rows(layer)
-        store_kv(keys_XGD, self._kv_rows_T, k_TGD)
-        store_kv(values_XGD, self._kv_rows_T, v_TGD)
+        store_kv(keys_XGD, self._kv_rows_T, k_UGD)
+        store_kv(values_XGD, self._kv_rows_T, v_UGD)
         return self._attend(self._cache.layer(layer), q_THD, scale, sliding_window)
 
     def attend_latent(
@@ -137,6 +137,8 @@ class PagedAttention:
         for chunk, pages_N in self._chunks:
             q_CHD = q_THD[chunk.row : chunk.row + chunk.length]
             parts.append(self._chunk(kv, q_CHD, chunk, pages_N, scale, window))
+        if not parts:  # a part of a replica may have no rows to read for
+            return q_THD
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _decode(

@@ -30,6 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from parallel.context_gather import ContextGather
 from parallel.dp_attention import RowCounts
 from workers.protocol import Admit, Body, Sampling, unpack
 
@@ -62,14 +63,18 @@ class Attention(Protocol):
         self,
         layer: int,
         q_THD: Tensor,
-        k_TGD: Tensor,
-        v_TGD: Tensor,
+        k_UGD: Tensor,
+        v_UGD: Tensor,
         *,
         scale: float,
         sliding_window: int | None,
     ) -> Tensor:
-        """Write the rows' keys and values (T, kv heads, head dim) into `layer` of the cache, then
-        attend causally over each row's own sequence; (T, heads, head dim)."""
+        """Write keys and values (U, kv heads, head dim) into `layer` of the cache, then let each of
+        the T rows attend causally over its own sequence; (T, heads, head dim).
+
+        The keys and values are those of all of the replica's rows. With context parallelism these
+        are more than the rows that attend here.
+        """
         ...
 
     def attend_latent(
@@ -105,13 +110,13 @@ class ProjectionAttention(ABC):
     ) -> Tensor:
         """Normalise queries and keys if there are weights, rotate them, then attend as above.
 
-        The heads are the queries', then the keys', then the values'.
+        The heads are the queries', then the keys', then the values'. Of a replica in one part.
         """
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class ForwardBatch:
-    """Rows of a step, T of them; R of them want logits."""
+    """Rows of a step that this rank computes, T of them; R of them want logits."""
 
     input_ids_T: Tensor
     """int64, on the device; past the rows that are tokens, padding."""
@@ -121,10 +126,13 @@ class ForwardBatch:
     """int64, on the device; which rows sample a token, in row order."""
     attention: Attention
     counts: RowCounts | None = None
-    """Rows of all replicas; None if there is one, without padding."""
+    """Rows of all replicas; None if there is one, in one part, without padding."""
     num_live_P: Tensor | None = None
-    """int64, on the device: how many of each replica's rows are tokens, read when kernels run. Set
-    for a step that is captured, where `counts` say only how many rows there are."""
+    """int64, on the device: how many rows of each replica, or of each part of all, are tokens, read
+    when kernels run. Set for a step that is captured, where `counts` say only how many rows there
+    are."""
+    context: ContextGather | None = None
+    """How attention gathers the rows of the replica's parts; None if it is one part."""
 
 
 class Chunk(NamedTuple):

@@ -38,7 +38,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     moe_dp_size: int = 1
     """Copies of all experts, each for its share of the ranks (with moe_a2a_backend=torch)."""
     moe_dense_tp_size: int | None = None
-    """Ranks a dense layer is split over: tp_size (also if unset), 1, or tp_size / dp_size."""
+    """Ranks a dense layer is split over: tp_size (also if unset), 1, or those of attn_tp."""
     moe_a2a_backend: Literal["none", "torch"] = "none"
     """How rows reach experts: none gathers all everywhere, torch sends each where it goes."""
     enable_dp_lm_head: bool = False
@@ -46,7 +46,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     disable_attn_tp_gather: bool = False
     """Attention gathers rows itself, so none are padded to its ranks; for models that can."""
     attn_cp_size: int = 1
-    """Ranks that share a replica's prompts (context parallel); must be 1 for now."""
+    """Parts a replica's rows are split into; the tp_size ranks are dp_size x this x attn_tp."""
     page_size: int = 16
     """Tokens in a page of the key-value cache."""
     max_num_seqs: int = 256

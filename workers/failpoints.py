@@ -8,7 +8,7 @@ group's) and `shifted_slot` (at another offset than on other ranks) for one that
 import os
 import signal
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
@@ -108,6 +108,11 @@ class Skipping:
     def all_gather(self, out: Tensor, x: Tensor) -> None:
         if not self._failpoints.skips_a_collective():
             self._inner.all_gather(out, x)
+
+    def start_all_gather(self, out: Tensor, x: Tensor) -> Callable[[], None]:
+        if self._failpoints.skips_a_collective():
+            return lambda: None
+        return self._inner.start_all_gather(out, x)
 
     def reduce_scatter(self, out: Tensor, x: Tensor) -> None:
         if not self._failpoints.skips_a_collective():

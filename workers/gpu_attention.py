@@ -136,16 +136,16 @@ class GpuAttention(ProjectionAttention):
         self,
         layer: int,
         q_THD: Tensor,
-        k_TGD: Tensor,
-        v_TGD: Tensor,
+        k_UGD: Tensor,
+        v_UGD: Tensor,
         *,
         scale: float,
         sliding_window: int | None,
     ) -> Tensor:
         """See `workers.batch.Attention`."""
         keys_XGD, values_XGD = self._cache.rows(layer)
-        store_kv(keys_XGD, self._places_T, k_TGD)
-        store_kv(values_XGD, self._places_T, v_TGD)
+        store_kv(keys_XGD, self._places_T, k_UGD)
+        store_kv(values_XGD, self._places_T, v_UGD)
         return self._attend(layer, q_THD.contiguous(), scale, sliding_window)
 
     def attend_projection(

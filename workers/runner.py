@@ -30,6 +30,7 @@ from workers.attention import PagedAttention
 from workers.batch import BatchState, Chunk, ForwardBatch, ProtocolError, StepRows
 from workers.cache import PagedCache, bytes_per_page, pages_that_fit
 from workers.config import EngineConfig
+from workers.context import ContextParts, StepPart
 from workers.models import Model, build_model, read_model_config
 from workers.protocol import (
     Admit,
@@ -162,12 +163,12 @@ class ModelRunner:
         self._memory: dict[str, int] = {}
         self._graphs: DecodeGraphs | None = None
         self._ledger: Ledger = groups.ledger
+        self._parts = ContextParts(groups.attn_cp, self._upload)
         self._num_replicas = layout.num_replicas
         self._row_multiple = plan_of(config).row_multiple
-        self.buckets = (
-            buckets_up_to(config.max_num_seqs, self._row_multiple) if self._use_kernels else ()
-        )
-        """Rows of a replica for which a decode is captured."""
+        can_capture = self._use_kernels and groups.attn_cp.size == 1
+        self.buckets = buckets_up_to(config.max_num_seqs, self._row_multiple) if can_capture else ()
+        """Rows of a replica for which a decode is captured; none with context parallelism."""
         self.captured = b""
         """Digests of the graphs' collectives; empty where nothing is captured."""
         with torch.inference_mode():
@@ -304,19 +305,17 @@ class ModelRunner:
             return PendingStep(
                 rows, self._ledger.take(), nothing, nothing, None, None, [], done=None
             )
-        batch = self._batch(rows, counts, replica)
+        part = self._parts.part_of(rows)
+        batch = self._batch(rows, counts, replica, part)
         hidden_TD = self._model.forward(batch)
-        prompts = self._prompt_logprobs(rows.chunks, hidden_TD, counts.num_prompt_rows)
-        row_sums_T = hidden_TD.sum(dim=-1, dtype=torch.float32) if rows.chunks else None
+        prompts = self._prompt_logprobs(rows.chunks, hidden_TD, counts.num_prompt_rows, part)
         logits_RV = None
         if any(counts.num_logit_rows):
-            if rows.chunks:
-                hidden_TD = hidden_TD.index_select(0, batch.logit_rows_R)
-            elif rows.num_logit_rows < hidden_TD.shape[0]:
-                hidden_TD = hidden_TD[: rows.num_logit_rows]
-            logits_RV = self._model.logits(hidden_TD, counts.num_logit_rows)
+            hidden_RD = self._logit_rows(hidden_TD, rows, batch, part)
+            logits_RV = self._model.logits(hidden_RD, counts.num_logit_rows)
             if rows.num_logit_rows == 0:  # an idle replica lends its part of the head
                 logits_RV = None
+        row_sums_T = self._row_sums(hidden_TD, part) if rows.chunks else None
         pending = PendingStep(
             rows,
             self._ledger.take(),
@@ -343,18 +342,40 @@ class ModelRunner:
         pending.logprobs = None if logprobs is None else logprobs.moved(self._fetch)
         pending.done = self._mark()
 
-    def _batch(self, rows: StepRows, counts: RowCounts, replica: int) -> ForwardBatch:
+    def _logit_rows(
+        self, hidden_TD: Tensor, rows: StepRows, batch: ForwardBatch, part: StepPart | None
+    ) -> Tensor:
+        """Hidden rows (R, D) that sample, all of the replica's."""
+        if rows.num_logit_rows == 0:
+            return hidden_TD[:0]
+        if part is not None:
+            return part.take(hidden_TD, rows.logit_rows_R)
+        if rows.chunks:
+            return hidden_TD.index_select(0, batch.logit_rows_R)
+        return hidden_TD[: rows.num_logit_rows]
+
+    def _row_sums(self, hidden_TD: Tensor, part: StepPart | None) -> Tensor:
+        """A number for each of the replica's rows that is finite only if all of the row are."""
+        sums_T = hidden_TD.sum(dim=-1, dtype=torch.float32)
+        return sums_T if part is None else part.take_all(sums_T.unsqueeze(1)).squeeze(1)
+
+    def _batch(
+        self, rows: StepRows, counts: RowCounts, replica: int, part: StepPart | None
+    ) -> ForwardBatch:
         """The step's rows on the device; decodes read the token that sampling left there."""
+        padded = counts.padded[replica]
+        if part is not None:
+            rows, padded = part.rows_of(rows), padded // self._parts.num_parts
         positions_T = self._upload(rows.positions_T)
         input_ids_T = self._sampler.last_token_S.index_select(0, self._upload(rows.decode_slots_B))
         if rows.chunks:
             parts = [chunk.tokens[chunk.start : chunk.stop] for chunk in rows.chunks]
             tokens = self._upload(np.concatenate(parts).astype(np.int64))
             input_ids_T = torch.cat([input_ids_T, tokens])
-        num_pads = counts.padded[replica] - rows.num_rows
+        num_pads = padded - rows.num_rows
         if num_pads:
             input_ids_T = torch.cat([input_ids_T, input_ids_T.new_zeros(num_pads)])
-        if rows.num_rows:
+        if len(rows.kv_rows_T):
             self._attention.prepare(rows, positions_T, self._upload(rows.kv_rows_T), self._upload)
         return ForwardBatch(
             input_ids_T=input_ids_T,
@@ -362,29 +383,32 @@ class ModelRunner:
             logit_rows_R=self._upload(rows.logit_rows_R),
             attention=self._attention,
             counts=counts,
+            context=None if part is None else part.gather,
         )
 
     def _prompt_logprobs(
-        self, chunks: tuple[Chunk, ...], hidden_TD: Tensor, num_by_replica: tuple[int, ...]
+        self,
+        chunks: tuple[Chunk, ...],
+        hidden_TD: Tensor,
+        num_by_replica: tuple[int, ...],
+        part: StepPart | None,
     ) -> list[_PendingPrompt]:
         """Log-probabilities of the prompts' tokens, some rows' logits at a time.
 
         A head that spans replicas is needed by all of them as often as by the one with most rows,
         so the header says how many each has.
         """
-        wanted = [part for chunk in chunks if (part := self._wanted_of(chunk)) is not None]
+        wanted = [each for chunk in chunks if (each := self._wanted_of(chunk)) is not None]
         pending = [_PendingPrompt(chunk.slot, chunk.start + 1, []) for chunk, _, _ in wanted]
         blocks = _blocks([length for _, _, length in wanted])
         num_blocks = max(len(blocks), -(-max(num_by_replica, default=0) // LOGIT_BLOCK_ROWS))
         for number in range(num_blocks):
             pieces = blocks[number] if number < len(blocks) else []
-            rows = [
-                hidden_TD[wanted[index].chunk.row + first :][:count]
-                for index, first, count in pieces
-            ]
+            spans = [(wanted[i].chunk.row + first, count) for i, first, count in pieces]
+            hidden_ND = self._rows_in(spans, hidden_TD, part)
             done = number * LOGIT_BLOCK_ROWS
             counts = tuple(min(max(n - done, 0), LOGIT_BLOCK_ROWS) for n in num_by_replica)
-            logits = self._model.logits(torch.cat([hidden_TD[:0], *rows]), counts or None)
+            logits = self._model.logits(hidden_ND, counts or None)
             at = 0
             for index, first, count in pieces:
                 chunk, num_top, _ = wanted[index]
@@ -398,6 +422,15 @@ class ModelRunner:
                 pending[index].blocks.append(block.moved(self._fetch))
                 at += count
         return pending
+
+    def _rows_in(
+        self, spans: list[tuple[int, int]], hidden_TD: Tensor, part: StepPart | None
+    ) -> Tensor:
+        """Hidden rows of the replica, from all (first row, count) one after another."""
+        if part is None or not spans:
+            rows = [hidden_TD[first : first + count] for first, count in spans]
+            return torch.cat([hidden_TD[:0], *rows])
+        return part.take(hidden_TD, np.concatenate([np.arange(f, f + n) for f, n in spans]))
 
     def _wanted_of(self, chunk: Chunk) -> _WantedPrompt | None:
         """Row p tells the prompt's token p + 1, so the first token has none."""

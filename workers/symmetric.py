@@ -10,6 +10,7 @@ from parallel.arena import (
     ArenaPlan,
     ModelSizes,
     PrefersOrdinary,
+    context_needs,
     lay_out,
     logit_needs,
     model_needs,
@@ -52,15 +53,27 @@ def slots_of(
     model: ModelConfig, plan: Plan, dtype: torch.dtype, *, num_rows: int, num_logit_rows: int
 ) -> ArenaPlan:
     sizes = ModelSizes(
-        model.hidden_size, model.vocab_size, dtype.itemsize, num_rows, num_logit_rows
+        model.hidden_size,
+        model.vocab_size,
+        dtype.itemsize,
+        num_rows,
+        num_logit_rows,
+        context_bytes=cached_width(model, plan.layout.attn_tp_size) * dtype.itemsize,
     )
     stages = [stage for stage in plan.stages() if stage.where != "logits"]
     collectives = dict.fromkeys(one for stage in stages for one in stage.collectives)
     pairs: list[tuple[str, GroupName]] = [(one.op, one.group) for one in collectives]
-    uneven = plan.is_scattered and plan.row_multiple < plan.layout.attn_tp_size
+    uneven = plan.attention.rows is Rows.SCATTERED  # then no rows are padded to divide
     needs = model_needs(plan.layout, sizes, pairs, has_uneven_shares=uneven)
-    needs += logit_needs(plan.layout, sizes, spans_replicas=plan.head.rows is Rows.FULL)
+    needs += context_needs(plan.layout, sizes)
+    spans, group = plan.head.rows is Rows.FULL, plan.head.group or "attn_tp"
+    needs += logit_needs(plan.layout, sizes, spans_replicas=spans, group=group)
     return lay_out(needs, plan.layout)
+
+
+def cached_width(model: ModelConfig, attn_tp: int) -> int:
+    """Numbers that a row leaves in the cache of one layer on one rank: keys and values."""
+    return 2 * max(model.num_kv_heads // attn_tp, 1) * model.head_dim
 
 
 def open_arena(

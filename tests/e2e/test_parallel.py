@@ -45,6 +45,9 @@ DEFAULT = [
     {"tp_size": 4, **A2A, "ep_size": 4},
     {"tp_size": 4, **A2A, "ep_size": 4, "disable_attn_tp_gather": True, "moe_dense_tp_size": 1},
     {"tp_size": 2, "ep_size": 2, "moe_dense_tp_size": 1},
+    {"tp_size": 2, "attn_cp_size": 2},
+    {"tp_size": 4, "attn_cp_size": 2, **A2A, "ep_size": 4, "disable_attn_tp_gather": True},
+    {**DP2, "attn_cp_size": 2, "ep_size": 2, "enable_symm_mem": True, "symm_mem_strict": True},
 ]
 
 
@@ -98,6 +101,32 @@ def compare(settings, one_rank):
 @pytest.mark.parametrize("settings", DEFAULT, ids=name_of)
 def test_real_ranks_say_what_one_rank_says(settings, one_rank):
     compare(settings, one_rank)
+
+
+def told_of_prompt(**settings):
+    """A prompt longer than a step, twice: the second time its pages are found in the cache."""
+    limits = {"device": "cpu", "kv_cache_gb": 0.05, "max_num_seqs": 2, "max_model_len": 256}
+    prompt = "".join(QUESTIONS[:4])
+    params = SamplingParams(temperature=0, max_tokens=4, prompt_logprobs=2)
+    with LLM(**limits, max_num_batched_tokens=7, page_size=4, **settings) as llm:
+        told = llm.generate([prompt], params)[0]
+        again = llm.generate([prompt], SamplingParams(temperature=0, max_tokens=4))[0]
+    return told, again
+
+
+@pytest.mark.row("S7")
+def test_parts_tell_a_prompts_logprobs_and_find_its_prefix():
+    told, again = told_of_prompt(tp_size=2, attn_cp_size=2)
+    expected, _ = told_of_prompt()
+    assert told.ids == again.ids == expected.ids
+    assert again.num_cached > 32
+    num_prompt = len(told.prompt_ids)
+    assert list(told.prompt_logprobs) == list(range(1, num_prompt))
+    for position, mine in told.prompt_logprobs.items():
+        other = expected.prompt_logprobs[position]
+        assert mine.token == other.token == told.prompt_ids[position]
+        assert mine.logprob == pytest.approx(other.logprob, abs=1e-4)
+        assert mine.top_ids == other.top_ids
 
 
 @pytest.mark.row("S10")

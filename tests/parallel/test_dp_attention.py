@@ -34,7 +34,7 @@ def split_of(groups, rows, num_real=None) -> RowSplit:
         rows=rows,
         num_real=num_real or rows,
         attn_tp=groups.attn_tp.size,
-        replica=groups.attn_dp.rank,
+        part=groups.attn_dp.rank,
         place=groups.attn_tp.rank,
     )
 
@@ -55,7 +55,7 @@ def all_rows(rows) -> torch.Tensor:
 def test_shares_cover_every_row_once(rows, attn_tp):
     places = itertools.product(range(len(rows)), range(attn_tp))
     splits = [
-        RowSplit(rows=tuple(rows), num_real=tuple(rows), attn_tp=attn_tp, replica=r, place=p)
+        RowSplit(rows=tuple(rows), num_real=tuple(rows), attn_tp=attn_tp, part=r, place=p)
         for r, p in places
     ]
     covered = [i for s in splits for i in range(s.share_in_all.start, s.share_in_all.stop)]
@@ -120,11 +120,11 @@ def test_every_replica_gets_all_columns_of_its_own_rows():
 
 
 def test_live_rows_are_those_that_are_tokens():
-    split = RowSplit(rows=(4, 2), num_real=(3, 0), attn_tp=2, replica=0, place=1)
+    split = RowSplit(rows=(4, 2), num_real=(3, 0), attn_tp=2, part=0, place=1)
     assert split.live(Rows.FULL).tolist() == [True, True, True, False, False, False]
     assert split.live(Rows.TP_ATTN_FULL).tolist() == [True, True, True, False]
     assert split.live(Rows.SCATTERED).tolist() == [True, False]
-    unpadded = RowSplit(rows=(4, 2), num_real=(4, 2), attn_tp=2, replica=0, place=1)
+    unpadded = RowSplit(rows=(4, 2), num_real=(4, 2), attn_tp=2, part=0, place=1)
     assert unpadded.live(Rows.FULL) is None
 
 

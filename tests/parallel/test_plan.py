@@ -245,11 +245,6 @@ def test_replicas_that_share_nothing_need_no_sync_where_sglang_has_one():
 REFUSED = [
     (
         MIXED,
-        {"tp_size": 4, "attn_cp_size": 2},
-        "attn_cp_size=2: context parallelism is not offered yet; set it to 1",
-    ),
-    (
-        MIXED,
         {"tp_size": 4, "dp_lm_head": True},
         "enable_dp_lm_head splits the head within attention replicas, and there is one without "
         "enable_dp_attention: set that too, or leave it off",

@@ -6,18 +6,22 @@ sees a part of a sum, or another row, gives something else.
 """
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from parallel.context import cut_rows
 from parallel.dp_attention import RowCounts
 from parallel.groups import Groups, single_rank_groups
 from parallel.plan import PlanSettings
 from tests.workers.layers.tiny import CONFIG
 from workers.batch import ForwardBatch
+from workers.context import StepPart
 from workers.layers import fast, moe, norm, rotary
 from workers.layers.dispatch import Routing
 from workers.model_config import LatentConfig, ModelConfig, MoeConfig
@@ -118,18 +122,22 @@ class SteppedRotation:
 class LinearAttention:
     """Sums what came before, weighted by whole numbers; sequences lie one after another."""
 
-    def __init__(self, lengths: Sequence[int]) -> None:
+    def __init__(self, lengths: Sequence[int], rows: Tensor | None = None) -> None:
+        """`rows` are those that attend here, where it is not all of them."""
         self._lengths = list(lengths)
+        self._rows = torch.arange(sum(lengths)) if rows is None else rows
 
-    def attend(self, layer, q_THD, k_TGD, v_TGD, *, scale, sliding_window):
-        repeat = q_THD.shape[1] // k_TGD.shape[1]
-        k_THD, v_THD = k_TGD.repeat_interleave(repeat, 1), v_TGD.repeat_interleave(repeat, 1)
+    def attend(self, layer, q_THD, k_UGD, v_UGD, *, scale, sliding_window):
+        repeat = q_THD.shape[1] // k_UGD.shape[1]
+        k_UHD, v_UHD = k_UGD.repeat_interleave(repeat, 1), v_UGD.repeat_interleave(repeat, 1)
+        all_UHD = torch.full_like(k_UHD, torch.nan)
+        all_UHD[self._rows] = q_THD
         outs = []
-        parts = zip(*(x.split(self._lengths) for x in (q_THD, k_THD, v_THD)), strict=True)
+        parts = zip(*(x.split(self._lengths) for x in (all_UHD, k_UHD, v_UHD)), strict=True)
         for q, k, v in parts:
             score_HTS = torch.remainder(torch.einsum("thd,shd->hts", q, k), 3.0).tril()
             outs.append(torch.remainder(torch.einsum("hts,shd->thd", score_HTS, v), 11.0) - 5.0)
-        return torch.cat(outs)
+        return torch.cat(outs)[self._rows]
 
     def attend_latent(self, layer, q_THW, row_TW, *, num_values, scale, index):
         outs = []
@@ -190,6 +198,44 @@ def batch_of(
         attention=LinearAttention([len(sequence) for sequence in sequences]),
         counts=counts,
     )
+
+
+class Part(NamedTuple):
+    """A step's rows of one replica that one of its context-parallel ranks computes."""
+
+    batch: ForwardBatch
+    part: StepPart | None
+
+    def all_rows(self, hidden_TD: Tensor, num_real: int) -> Tensor:
+        """Hidden rows of the whole replica."""
+        if self.part is None or num_real == 0:
+            return hidden_TD[:num_real]
+        return self.part.take_all(hidden_TD)
+
+
+def part_of(
+    sequences: Sequence[Sequence[int]], counts: RowCounts, groups: Groups, pad_id: int = 0
+) -> Part:
+    """What the runner makes of whole prompts: this rank's rows of them. Sequences of one token
+    count as decodes, which come first."""
+    num_parts, padded = groups.attn_cp.size, counts.padded[groups.attn_dp.rank]
+    if num_parts == 1:
+        return Part(batch_of(sequences, counts, padded, pad_id), None)
+    lengths = [len(sequence) for sequence in sequences]
+    num_decodes = len(list(itertools.takewhile(lambda length: length == 1, lengths)))
+    cut = cut_rows(num_decodes, lengths[num_decodes:], num_parts)
+    part = StepPart(groups.attn_cp, cut, torch.from_numpy)
+    here = torch.from_numpy(cut.rows_of(groups.attn_cp.rank))
+    whole = batch_of(sequences, counts, sum(lengths))
+    pads = torch.full((padded // num_parts - len(here),), pad_id)
+    batch = replace(
+        whole,
+        input_ids_T=torch.cat([whole.input_ids_T[here], pads]),
+        positions_T=whole.positions_T[here],
+        attention=LinearAttention(lengths, here),
+        context=part.gather,
+    )
+    return Part(batch, part)
 
 
 def whole_logits(config: ModelConfig, sequences: Sequence[Sequence[int]]) -> Tensor:

@@ -284,7 +284,7 @@ def test_shared_experts_are_added_once_wherever_rows_are(layout, settings):
             rows=rows if groups.tp.size > 1 else (8,),
             num_real=rows if groups.tp.size > 1 else (8,),
             attn_tp=groups.attn_tp.size,
-            replica=groups.attn_dp.rank,
+            part=groups.attn_dp.rank,
             place=groups.attn_tp.rank,
         )
         here = {Rows.FULL: slice(None), Rows.TP_ATTN_FULL: split.own}

@@ -39,7 +39,7 @@ def header(num_rows, padded, num_logit_rows, num_prompt_rows=()) -> Header:
 def runner_of(groups, layout, rank=0) -> ModelRunner:
     config = EngineConfig(
         tp_size=layout.tp_size, dp_size=layout.dp_size,
-        enable_dp_attention=layout.enable_dp_attention, **SIZES,
+        enable_dp_attention=layout.enable_dp_attention, attn_cp_size=layout.attn_cp_size, **SIZES,
     )  # fmt: skip
     runner = ModelRunner(config, layout, rank, groups, CPU, lambda stage, done, total: None)
     runner.allocate(min(40, runner.max_pages))
@@ -67,6 +67,20 @@ def alone(tokens: list[int], num_steps: int):
     return results
 
 
+def assert_same(ours, theirs) -> None:
+    """Results of the same request, slot 0's, over as many steps."""
+    for mine, one in zip(ours, theirs, strict=True):
+        assert mine.ids.tolist() == one.ids.tolist()
+        assert len(mine.prompt_logprobs) == len(one.prompt_logprobs)
+        for (slot, at, values), (_, where, others) in zip(
+            mine.prompt_logprobs, one.prompt_logprobs, strict=True
+        ):
+            assert (slot, at, len(values)) == (0, where, len(others))
+            for value, other in zip(values, others, strict=True):
+                assert value.token == other.token
+                assert value.logprob == pytest.approx(other.logprob, abs=1e-4)
+
+
 def test_each_replica_says_what_it_says_alone():
     layout = Layout(tp_size=2, dp_size=2, enable_dp_attention=True)
 
@@ -76,17 +90,7 @@ def test_each_replica_says_what_it_says_alone():
 
     both = run_thread_world(layout, body)
     for replica, (first, tokens, count) in enumerate(((0, LONG, 3), (1, SHORT, 3))):
-        ours = both[replica][first : first + count]
-        for mine, theirs in zip(ours, alone(tokens, count), strict=True):
-            assert mine.ids.tolist() == theirs.ids.tolist()
-            assert len(mine.prompt_logprobs) == len(theirs.prompt_logprobs)
-            for (slot, at, values), (_, where, others) in zip(
-                mine.prompt_logprobs, theirs.prompt_logprobs, strict=True
-            ):
-                assert (slot, at, len(values)) == (0, where, len(others))
-                for value, other in zip(values, others, strict=True):
-                    assert value.token == other.token
-                    assert value.logprob == pytest.approx(other.logprob, abs=1e-4)
+        assert_same(both[replica][first : first + count], alone(tokens, count))
     assert len(both[0][0].prompt_logprobs[0][2]) == 299
     assert len(both[1][0].ids) == len(both[0][3].ids) == 0
 

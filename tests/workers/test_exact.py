@@ -17,7 +17,7 @@ from parallel.layout import Layout, LayoutError
 from parallel.padding import pad_rows
 from parallel.plan import Plan, PlanError, PlanSettings, Rows, compile_plan
 from parallel.thread_world import run_thread_world
-from tests.workers.exact import CONFIGS, batch_of, build, install, sequences_of, whole_logits
+from tests.workers.exact import CONFIGS, build, install, part_of, sequences_of, whole_logits
 from workers.architectures import layers_of
 
 pytestmark = [
@@ -47,12 +47,14 @@ class Case(NamedTuple):
     backend: str
     dp_lm_head: bool
     inside: bool
+    cp: int
 
     def layout(self) -> Layout:
         return Layout(
             tp_size=self.tp,
             dp_size=self.dp,
             enable_dp_attention=self.dp > 1,
+            attn_cp_size=self.cp,
             ep_size=self.ep,
             moe_dp_size=self.moe_dp,
             moe_dense_tp_size=self.dense,
@@ -67,18 +69,18 @@ CASES = [
     Case(*each)
     for each in itertools.product(
         SIZES, SIZES, SIZES, SIZES, (None, 1, 2, 3, 4, 8), ("none", "torch"), (False, True),
-        (False, True),
+        (False, True), SIZES,
     )
 ]  # fmt: skip
 
 
 def expected_reason(case: Case) -> str | None:
     """Why a combination must be refused, worked out from the settings; None if it must not."""
-    if case.tp % case.dp:
+    if case.tp % (case.dp * case.cp):
         return "attention gives every part the same number of ranks"
     if case.tp % (case.ep * case.moe_dp):
         return "experts give every part the same number of ranks"
-    if case.dense not in (None, 1, case.tp // case.dp, case.tp):
+    if case.dense not in (None, 1, case.tp // case.dp // case.cp, case.tp):
         return "moe_dense_tp_size="
     if case.dp_lm_head and case.dp == 1:
         return "enable_dp_lm_head"
@@ -98,7 +100,7 @@ def compiled(case: Case) -> Plan | str:
 
 
 def test_a_combination_is_refused_for_its_reason_and_for_no_other():
-    reasons: Counter[str] = Counter()
+    reasons: Counter[tuple[bool, str]] = Counter()
     for case in CASES:
         found, reason = compiled(case), expected_reason(case)
         if reason is None:
@@ -106,10 +108,12 @@ def test_a_combination_is_refused_for_its_reason_and_for_no_other():
         else:
             assert isinstance(found, str), (case, reason)
             assert reason in found, case
-        reasons[reason or "accepted"] += 1
-    print("\n", dict(reasons))
-    assert reasons["accepted"] > 400
-    assert len(reasons) == 7
+        reasons[case.cp > 1, reason or "accepted"] += 1
+    for in_parts in (False, True):
+        found = {why: count for (parts, why), count in reasons.items() if parts is in_parts}
+        print(f"\nattn_cp_size {'> 1' if in_parts else '= 1'}: {found}")
+        assert found["accepted"] > 400
+        assert len(found) == 7
 
 
 def distinct(cases: Iterator[Case]) -> list[Case]:
@@ -120,7 +124,8 @@ def distinct(cases: Iterator[Case]) -> list[Case]:
         if isinstance(plan, Plan):
             inside = plan.attention.rows is Rows.SCATTERED
             lm_head = plan.head.rows
-            key = (case.tp, case.dp, case.ep, case.moe_dp, plan.mlps, case.backend, lm_head, inside)
+            sizes = (case.tp, case.dp, case.cp, case.ep, case.moe_dp)
+            key = (*sizes, plan.mlps, case.backend, lm_head, inside)
             seen.setdefault(key, case)
     return list(seen.values())
 
@@ -171,11 +176,12 @@ def run_case(case: Case, numbers: tuple[int, ...]) -> int:
             for by_replica, counts in steps:
                 groups.ledger.cut()
                 lengths = by_replica[replica]
-                batch = batch_of(sequences_of(replica, lengths), counts, counts.padded[replica])
-                hidden = model.forward(batch)[: counts.num_real[replica]]
+                here = part_of(sequences_of(replica, lengths), counts, groups)
+                hidden = here.all_rows(model.forward(here.batch), counts.num_real[replica])
                 logits = model.logits(hidden, counts.num_logit_rows)
                 made = [(call.op, call.group) for call in groups.ledger.cut()]
-                if len(set(counts.padded)) == 1 and counts.padded[0] % groups.attn_tp.size == 0:
+                alike = len(set(counts.padded)) == 1 and (case.cp == 1 or all(counts.num_real))
+                if alike and counts.padded[0] % (case.cp * groups.attn_tp.size) == 0:
                     assert made == list(planned)
                 if lengths:
                     assert torch.equal(logits, expected_by_length(number, lengths, replica))
@@ -190,17 +196,45 @@ def run_case(case: Case, numbers: tuple[int, ...]) -> int:
     return len(steps) * len(numbers)
 
 
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("tp", SIZES)
-def test_every_accepted_combination_equals_one_rank(tp, monkeypatch):
-    install(monkeypatch)
-    cases = [case for case in ACCEPTED if case.tp == tp]
+def run_cases(cases: list[Case], all_below: int = 8) -> None:
     num_steps = 0
     with torch.inference_mode():
         for index, case in enumerate(cases):
-            numbers = (0, 1, 2) if tp < 8 else (index % 3,)
+            models = range(3 if case.cp == 1 else 2)
+            numbers = models if case.tp < all_below else (models[index % len(models)],)
             try:
                 num_steps += run_case(case, numbers)
             except BaseException as error:
                 raise AssertionError(f"{case}: {error}") from error
-    print(f"\n{len(cases)} combinations of {tp} ranks, {num_steps} steps")
+    print(f"\n{len(cases)} combinations, {num_steps} steps")
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("tp", SIZES)
+def test_every_accepted_combination_equals_one_rank(tp, monkeypatch):
+    install(monkeypatch)
+    run_cases([case for case in ACCEPTED if case.tp == tp and case.cp == 1])
+
+
+@pytest.mark.row("S7")
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("tp", [2, 4])
+def test_with_context_parallelism_too(tp, monkeypatch):
+    install(monkeypatch)
+    run_cases([case for case in ACCEPTED if case.tp == tp and case.cp > 1], all_below=4)
+
+
+@pytest.mark.row("S7")
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("cp", [2, 4, 8])
+def test_of_eight_ranks_in_context_parallelism_some_do(cp, monkeypatch):
+    install(monkeypatch)
+    run_cases([case for case in ACCEPTED if (case.tp, case.cp) == (8, cp)][::16])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("cp", [2, 4, 8])
+def test_of_eight_ranks_in_context_parallelism_all_do(cp, monkeypatch):
+    install(monkeypatch)
+    run_cases([case for case in ACCEPTED if (case.tp, case.cp) == (8, cp)])

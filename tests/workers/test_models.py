@@ -258,11 +258,6 @@ REFUSED = {
         {"intermediate_size": 50},
         "intermediate_size=50 does not divide over 4 ranks; tp_size can be 1, 2",
     ),
-    "context parallel": (
-        Layout(tp_size=2, attn_cp_size=2),
-        {},
-        "attn_cp_size=2: context parallelism is not offered yet; set it to 1",
-    ),
 }
 
 

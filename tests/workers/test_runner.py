@@ -58,7 +58,7 @@ class ChecksumModel:
         hidden_TD = torch.zeros(len(ids), 2 * HEAD_DIM)
         for layer, window in enumerate((None, WINDOW)):
             pairs = zip(ids, positions, strict=True)
-            values = torch.tensor([marks(layer, *pair) for pair in pairs]).float()[:, None]
+            values = torch.tensor([marks(layer, *p) for p in pairs]).float().view(-1, 1, HEAD_DIM)
             values[batch.input_ids_T == self.poison] = float("nan")
             q_THD = torch.zeros(len(ids), 2, HEAD_DIM)
             out = batch.attention.attend(

@@ -2,15 +2,17 @@
 
 from collections import Counter
 
+import msgspec
 import pytest
 import torch
 
 from parallel.arena import ArenaTooSmall
+from parallel.context import cut_rows
 from parallel.groups import single_rank_groups
 from parallel.layout import Layout
 from parallel.plan import compile_plan
 from parallel.thread_world import run_thread_world
-from tests.workers.exact import CONFIGS, batch_of, build, install, sequences_of
+from tests.workers.exact import CONFIGS, build, install, part_of, sequences_of
 from tests.workers.layers.tiny import CONFIG
 from tests.workers.test_exact import ACCEPTED, compiled, expected_by_length, steps_of
 from workers.architectures import layers_of, plan_of
@@ -50,8 +52,8 @@ def run_case(case) -> Counter:
         model = build(config, groups, case.settings())
         for by_replica, counts in steps:
             lengths = by_replica[replica]
-            batch = batch_of(sequences_of(replica, lengths), counts, counts.padded[replica])
-            hidden = model.forward(batch)[: counts.num_real[replica]]
+            here = part_of(sequences_of(replica, lengths), counts, groups)
+            hidden = here.all_rows(model.forward(here.batch), counts.num_real[replica])
             logits = model.logits(hidden, counts.num_logit_rows)
             groups.ledger.take()
             if lengths:
@@ -71,18 +73,22 @@ def rank_independent(case) -> int:
     return (case.ep + case.moe_dp + (case.dense or 0)) % 2
 
 
+def run_cases(cases) -> Counter:
+    counts: Counter = Counter()
+    with torch.inference_mode():
+        for case in cases:
+            try:
+                counts += run_case(case)
+            except BaseException as error:
+                raise AssertionError(f"{case}: {error}") from error
+    return counts
+
+
 @pytest.mark.row("S2", "S4", "S5", "S12")
 @pytest.mark.parametrize("tp", [2, 4])
 def test_every_combination_on_poisoned_slots_equals_one_rank(tp, monkeypatch):
     install(monkeypatch)
-    counts: Counter = Counter()
-    with torch.inference_mode():
-        for case in ACCEPTED:
-            if case.tp == tp:
-                try:
-                    counts += run_case(case)
-                except BaseException as error:
-                    raise AssertionError(f"{case}: {error}") from error
+    counts = run_cases(case for case in ACCEPTED if case.tp == tp and case.cp == 1)
     paths = Counter(dict.fromkeys(("symmetric", "chosen", "fallback"), 0))
     for (_, _, path, _), count in counts.items():
         paths[path] += count
@@ -93,6 +99,21 @@ def test_every_combination_on_poisoned_slots_equals_one_rank(tp, monkeypatch):
     }  # fmt: skip
     attention = {path for group, _, path, reason in counts if group == "attn_tp" and not reason}
     assert attention == {"symmetric"}
+
+
+@pytest.mark.row("S4", "S6", "S7")
+@pytest.mark.parametrize("tp", [2, 4, 8])
+def test_parts_gather_symmetrically_over_their_own_group(tp, monkeypatch):
+    """What padding holds, in slots and rows, is NaN: it reaches nothing."""
+    install(monkeypatch)
+    cases = [case for case in ACCEPTED if case.tp == tp and case.cp > 1]
+    counts = run_cases(cases[:: {2: 1, 4: 4, 8: 40}[tp]])
+    over_cp = Counter()
+    for (group, op, path, reason), count in counts.items():
+        assert path != "fallback"
+        if group == "attn_cp":
+            over_cp[op, path, reason] += count
+    assert set(over_cp) == {("all_gather", "symmetric", "")}
 
 
 @pytest.mark.row("S6")
@@ -133,6 +154,30 @@ def test_an_all_reduce_is_put_where_it_is_measured_to_be_quicker():
     ]  # fmt: skip
     assert not h200(8, row)
     assert not prefers_ordinary("another")(2, row * 64)
+
+
+@pytest.mark.row("S6")
+@pytest.mark.parametrize("cp", [2, 4, 8])
+def test_what_parts_gather_is_counted_for_the_longest_step(cp):
+    """One chunk of max_num_batched_tokens, in a model whose sequences may be as long."""
+    config = EngineConfig(
+        tp_size=8,
+        attn_cp_size=cp,
+        enable_symm_mem=True,
+        max_model_len=128,
+        max_num_batched_tokens=128_001,
+        symm_mem_prealloc_gb=4.0,
+    )
+    made = arena_plan(config, CONFIG, plan_of(config), torch.bfloat16)
+    size = {slot.name: slot.num_bytes for slot in made.slots}
+    longest = max(cut_rows(0, [128_001], cp).counts)
+    width = 2 * max(CONFIG.num_kv_heads // (8 // cp), 1) * CONFIG.head_dim * 2
+    assert size["cp_in.attn_cp"] >= longest * width
+    assert size["cp_kv.attn_cp"] >= cp * longest * width > (cp - 1) * size["cp_in.attn_cp"]
+    rest = made.num_bytes - size["cp_kv.attn_cp"]
+    small = msgspec.structs.replace(config, symm_mem_prealloc_gb=rest / 2**30)
+    with pytest.raises(ArenaTooSmall, match="raise it, or lower max_num_batched_tokens"):
+        arena_plan(small, CONFIG, plan_of(small), torch.bfloat16)
 
 
 @pytest.mark.row("S1")

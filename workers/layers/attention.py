@@ -1,11 +1,14 @@
 """Attention's projections around the step's `Attention`, which owns the cache."""
 
+import torch
 from torch import Tensor
 
+from parallel.context_gather import ContextGather
 from parallel.dp_attention import Activation, RowSplit
 from parallel.plan import Place, Rows
 from workers.batch import Attention, ProjectionAttention
 from workers.layers.build import Build, even_share
+from workers.layers.fast import rope_rows
 from workers.layers.linear import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -28,8 +31,9 @@ class QueryKeyNorm:
         self.weight_ND = build.empty(num_heads + num_kv_heads, build.config.head_dim)
         """The queries' weight, once for each head, then the keys'."""
 
-    def forward(self, qk_TND: Tensor) -> Tensor:
-        return self._unit.forward(qk_TND, self.weight_ND)
+    def forward(self, x_TND: Tensor, weight_ND: Tensor) -> Tensor:
+        """Of heads whose rows of the weight these are."""
+        return self._unit.forward(x_TND, weight_ND)
 
     def sources(self) -> list[Source]:
         dim = self.weight_ND.shape[1]
@@ -46,7 +50,12 @@ class QueryKeyNorm:
 
 
 class SelfAttention:
-    """Causal attention with grouped keys and values, split by heads over attn_tp."""
+    """Causal attention with grouped keys and values, split by heads over attn_tp.
+
+    It works on all rows of a replica. If the replica is in parts (context parallelism) it works on
+    those of one; keys and values of all parts are gathered while the queries are computed, and
+    every part stores them all.
+    """
 
     def __init__(
         self,
@@ -106,6 +115,8 @@ class SelfAttention:
     def _attend(
         self, x_TD: Tensor, rotation: Rotation, attention: Attention, split: RowSplit | None
     ) -> Activation:
+        if split is not None and split.context is not None:
+            return self._attend_in_part(x_TD, rotation, attention, split.context)
         num_rows = x_TD.shape[0]
         num_real = num_rows if split is None else split.num_real
         num_projected = self._num_rotated + self._num_kv_heads
@@ -118,13 +129,73 @@ class SelfAttention:
             out_TN[:num_real] = self._read(qkv_TND[:num_real], rotation, attention)
         return self._out.forward(out_TN)
 
+    def _attend_in_part(
+        self, x_TD: Tensor, rotation: Rotation, attention: Attention, context: ContextGather
+    ) -> Activation:
+        """Rows of one part; the replica may have rows where this part has none."""
+        width = self._num_heads * self._head_dim
+        out_TN = x_TD.new_zeros(x_TD.shape[0], width)
+        if context.num_rows:
+            here = slice(0, context.num_here)
+            out_TN[here] = self._read_in_part(x_TD[here], rotation, attention, context)
+        return self._out.forward(out_TN)
+
+    def _read_in_part(
+        self, x_TD: Tensor, rotation: Rotation, attention: Attention, context: ContextGather
+    ) -> Tensor:
+        """Keys and values first: the queries are computed while those of all parts come."""
+        norm_ND = None if self._qk_norm is None else self._qk_norm.weight_ND
+        num_heads, num_kv_heads = self._num_heads, self._num_kv_heads
+        width = num_heads * self._head_dim
+        send_LND = context.slot(x_TD, 2 * num_kv_heads, self._head_dim)
+        kv_TND = self._qkv.forward_columns(x_TD, slice(width, None))
+        self._turn(
+            kv_TND.view(-1, 2 * num_kv_heads, self._head_dim),
+            None if norm_ND is None else norm_ND[num_heads:],
+            rotation,
+            send_LND[: context.num_here],
+            num_rotated=num_kv_heads,
+        )
+        pending = context.start(send_LND)
+        q_TN = self._qkv.forward_columns(x_TD, slice(0, width))
+        q_THD = q_TN.view(-1, num_heads, self._head_dim)
+        turned_THD = torch.empty_like(q_THD)
+        norm_HD = None if norm_ND is None else norm_ND[:num_heads]
+        self._turn(q_THD, norm_HD, rotation, turned_THD, num_rotated=num_heads)
+        k_UGD, v_UGD = pending.wait().split(num_kv_heads, dim=1)
+        out_THD = attention.attend(
+            self._layer, turned_THD, k_UGD, v_UGD, scale=self._scale, sliding_window=self._window
+        )
+        return out_THD.flatten(1)
+
+    def _turn(
+        self,
+        x_TND: Tensor,
+        norm_RD: Tensor | None,
+        rotation: Rotation,
+        out_TND: Tensor,
+        *,
+        num_rotated: int,
+    ) -> None:
+        """Normalise, if there are weights, and rotate the first heads; copy the others."""
+        if x_TND.is_cuda:
+            rope_rows(
+                x_TND, norm_RD, rotation.rows_T3C, out_TND, num_rotated=num_rotated, eps=self._eps
+            )
+            return
+        turned_TRD = x_TND[:, :num_rotated]
+        if self._qk_norm is not None and norm_RD is not None:
+            turned_TRD = self._qk_norm.forward(turned_TRD, norm_RD)
+        out_TND[:, :num_rotated] = rotation.apply(turned_TRD)
+        out_TND[:, num_rotated:] = x_TND[:, num_rotated:]
+
     def _read(self, qkv_TND: Tensor, rotation: Rotation, attention: Attention) -> Tensor:
         """What the rows read of their sequences, heads side by side."""
         if isinstance(attention, ProjectionAttention):
             return self._attend_projection(qkv_TND, rotation, attention)
         qk_TND, v_TGD = qkv_TND.split_with_sizes((self._num_rotated, self._num_kv_heads), 1)
         if self._qk_norm is not None:
-            qk_TND = self._qk_norm.forward(qk_TND)
+            qk_TND = self._qk_norm.forward(qk_TND, self._qk_norm.weight_ND)
         turned_TND = rotation.apply(qk_TND)
         q_THD, k_TGD = turned_TND.split_with_sizes((self._num_heads, self._num_kv_heads), 1)
         out_THD = attention.attend(

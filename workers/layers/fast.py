@@ -86,3 +86,18 @@ def add_rms_norm(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float
     from kernels.rms_norm import add_rms_norm as launch
 
     return launch(x_TD, residual_TD, weight_D, eps=eps)
+
+
+def rope_rows(
+    x_TND: Tensor,
+    norm_RD: Tensor | None,
+    rotation_T3C: Tensor,
+    out_TND: Tensor,
+    *,
+    num_rotated: int,
+    eps: float,
+) -> None:
+    """On a GPU only."""
+    from kernels.rope_rows import rope_rows as launch
+
+    launch(x_TND, norm_RD, rotation_T3C, out_TND, num_rotated=num_rotated, eps=eps)

@@ -24,7 +24,7 @@ from parallel.dp_attention import Activation, RowSplit
 from parallel.plan import Place, Rows
 from workers.batch import Attention, IndexRows
 from workers.cache import RowShapes
-from workers.errors import BadModelConfig
+from workers.errors import BadModelConfig, BadSplit
 from workers.layers.build import Build, even_share
 from workers.layers.linear import ColumnParallelLinear, Columns, RowParallelLinear, even_columns
 from workers.layers.norm import RMSNorm
@@ -40,6 +40,11 @@ NORM_EPS = 1e-6
 class LatentAttention:
     def __init__(self, build: Build, layer: int, latent: LatentConfig) -> None:
         config, group, place = build.config, build.groups.attn_tp, build.plan.attention
+        if build.groups.attn_cp.size > 1:
+            raise BadSplit(
+                f"attn_cp_size={build.groups.attn_cp.size}: {config.architecture} does not gather "
+                "its latents yet; set it to 1"
+            )
         prefix = f"model.layers.{layer}.self_attn"
         heads = even_share(config.num_heads, group, f"{prefix} heads")
         self._layer, self._latent = layer, latent

@@ -54,6 +54,11 @@ class ColumnParallelLinear:
     def forward(self, x_TD: Tensor) -> Tensor:
         return linear(x_TD, self.weight_ND, self.bias_N)
 
+    def forward_columns(self, x_TD: Tensor, columns: slice) -> Tensor:
+        """Some of the output columns; their weights lie together, so nothing is copied."""
+        bias_N = None if self.bias_N is None else self.bias_N[columns]
+        return linear(x_TD, self.weight_ND[columns], bias_N)
+
     def forward_gated(self, x_TD: Tensor) -> Tensor:
         """silu of the first half of the columns, times the second half."""
         return gated_linear(x_TD, self.weight_ND, self.bias_N)

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from parallel.context import counts_by_part
 from parallel.dp_attention import Activation, RowCounts, RowSplit
 from parallel.plan import PlanError, Rows
 from parallel.symmetric import out_of_slot
@@ -114,7 +115,7 @@ class Decoder:
             config.rope, config.head_dim, config.max_position_embeddings, build.device, build.dtype
         )
         self._groups = groups
-        self._shares_rows = plan.is_scattered or groups.attn_dp.size > 1
+        self._shares_rows = plan.is_scattered or plan.layout.num_parts > 1
         """Rows are moved between ranks, or padded; else nobody has to know whose they are."""
         self._last_split: tuple[RowCounts, RowSplit] | None = None
         self._captured_splits: dict[RowCounts, RowSplit] = {}
@@ -145,8 +146,9 @@ class Decoder:
     def _split(self, batch: ForwardBatch) -> RowSplit:
         """Who has which rows; the same as in the last step for as long as the counts are."""
         groups, counts = self._groups, batch.counts
+        num_parts = groups.attn_cp.size
         if counts is None:
-            if groups.attn_dp.size > 1:
+            if groups.attn_dp.size > 1 or num_parts > 1:
                 raise PlanError("a step over several replicas must say how many rows each has")
             rows = (batch.input_ids_T.shape[0],)
             counts = RowCounts(rows, rows, ())
@@ -158,18 +160,25 @@ class Decoder:
                 self._captured_splits[key] = self._new_split(counts, device)
             split = self._captured_splits[key]
             split.follow(batch.num_live_P)
-            return split
-        if self._last_split is None or self._last_split[0] != key:
-            self._last_split = (key, self._new_split(counts, device))
-        return self._last_split[1]
+        else:
+            if self._last_split is None or self._last_split[0] != key:
+                self._last_split = (key, self._new_split(counts, device))
+            split = self._last_split[1]
+        split.context = batch.context
+        if (split.context is None) != (num_parts == 1):
+            raise PlanError("a step must say how to gather rows if, and only if, they are in parts")
+        return split
 
     def _new_split(self, counts: RowCounts, device: torch.device) -> RowSplit:
+        groups = self._groups
+        num_parts = groups.attn_cp.size
+        num_real, padded = counts_by_part(counts.num_real, counts.padded, num_parts)
         return RowSplit(
-            rows=counts.padded,
-            num_real=counts.num_real,
-            attn_tp=self._groups.attn_tp.size,
-            replica=self._groups.attn_dp.rank,
-            place=self._groups.attn_tp.rank,
+            rows=padded,
+            num_real=num_real,
+            attn_tp=groups.attn_tp.size,
+            part=groups.attn_dp.rank * num_parts + groups.attn_cp.rank,
+            place=groups.attn_tp.rank,
             device=device,
         )
 
