@@ -5,6 +5,7 @@ series exists from the start, so no dictionary grows while it is read. What is c
 costs a few additions a rank; nothing is counted a row or a request.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from deployments.counting import (
@@ -68,12 +69,19 @@ class Counters:
     told: dict[tuple[int, Collective], int] = field(default_factory=dict)
     """By rank, its last word of the epoch `told_epoch`: ranks count from their start."""
     told_epoch: int = 0
+    expert_rows: dict[int, int] = field(default_factory=dict)
+    """By moe_ep rank: how often its experts were chosen, over all layers and domains."""
+    told_expert_rows: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    """By rank, its last word of the epoch `told_epoch`."""
+    expert_imbalance: float = 1.0
+    """The busiest moe_ep rank's rows over the mean, when ranks last told."""
 
     @classmethod
     def of(cls, layout: Layout) -> "Counters":
         return cls(
             steps={rank: Histogram(STEP_BOUNDS) for rank in range(layout.world_size)},
             skews={domain: Histogram(SKEW_BOUNDS) for domain in range(layout.num_domains)},
+            expert_rows=dict.fromkeys(range(layout.ep_size), 0),
         )
 
     @property
@@ -94,12 +102,15 @@ class Counters:
         self.num_idle_replicas += header.num_rows.count(0)
         self.num_plan_bytes += step.num_bytes
         slowest, fastest = 0.0, float("inf")
+        if header.epoch != self.told_epoch:
+            self._forget_told(header.epoch)
         for rank, ack in step.acks.items():
             seconds = ack.seconds
             self.steps[rank].observe(seconds)
             slowest, fastest = max(slowest, seconds), min(fastest, seconds)
             if ack.collectives:
-                self._collectives_of(header.epoch, ack)
+                self._collectives_of(ack)
+        self._experts_of([ack for ack in step.acks.values() if ack.expert_rows])
         self.skews[step.domain].observe(slowest - fastest)
         for plan in step.plans:
             for chunk in plan.chunks:
@@ -109,10 +120,26 @@ class Counters:
                     chunk.request.queued_at = None
                     self.queue.observe(step.sent_at - queued_at)
 
-    def _collectives_of(self, epoch: int, ack: Ack) -> None:
-        if epoch != self.told_epoch:
-            self.told_epoch = epoch
-            self.told.clear()
+    def _forget_told(self, epoch: int) -> None:
+        """Ranks of a new epoch count from nothing."""
+        self.told_epoch = epoch
+        self.told.clear()
+        self.told_expert_rows.clear()
+
+    def _experts_of(self, acks: Sequence[Ack]) -> None:
+        new = dict.fromkeys(self.expert_rows, 0)
+        for ack in acks:
+            before = self.told_expert_rows.get(ack.rank, (0,) * len(ack.expert_rows))
+            self.told_expert_rows[ack.rank] = ack.expert_rows
+            for place, (now, then) in enumerate(zip(ack.expert_rows, before, strict=True)):
+                new[place] += now - then
+        total = sum(new.values())
+        if total:
+            self.expert_imbalance = max(new.values()) * len(new) / total
+            for place, rows in new.items():
+                self.expert_rows[place] += rows
+
+    def _collectives_of(self, ack: Ack) -> None:
         for group, op, path, reason, count in ack.collectives:
             labels = (group, op, path, reason)
             new = count - self.told.get((ack.rank, labels), 0)

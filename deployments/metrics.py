@@ -119,6 +119,19 @@ class EngineCollector:
         for labels, count in list(counters.collectives.items()):
             collectives.add_metric(labels, count)
         yield collectives
+        experts = CounterMetricFamily(
+            "lockstep_expert_rows",
+            "Rows for the experts of a moe_ep rank, over all layers",
+            labels=["moe_ep"],
+        )
+        for place, count in counters.expert_rows.items():
+            experts.add_metric([str(place)], count)
+        yield experts
+        yield _gauge(
+            "expert_imbalance",
+            "The busiest moe_ep rank's rows over the mean, lately",
+            counters.expert_imbalance,
+        )
 
     def _ranks(self) -> Iterator[Metric]:
         engine, counters = self._engine, self._engine.counters

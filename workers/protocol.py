@@ -40,7 +40,7 @@ import numpy as np
 from msgspec import Meta, Struct
 from numpy.typing import NDArray
 
-PROTOCOL_VERSION = 6
+PROTOCOL_VERSION = 7
 """Raised whenever a struct changes; a worker of another version is refused at `Hello`."""
 
 MAX_MESSAGE_BYTES = 64 * 2**20
@@ -286,6 +286,8 @@ class Ack(Message, frozen=True, tag="ack"):
     """Logit rows whose logits are not numbers: their tokens mean nothing. From the first rank."""
     collectives: tuple[tuple[str, str, str, str, int], ...] = ()
     """Now and then, with symmetric memory: (group, op, path, reason, how many since the start)."""
+    expert_rows: tuple[int, ...] = ()
+    """Now and then: rows for the experts of each moe_ep rank, as this rank routed them."""
 
 
 class Beat(Message, frozen=True, tag="beat"):

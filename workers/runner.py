@@ -31,6 +31,7 @@ from workers.batch import BatchState, Chunk, ForwardBatch, ProtocolError, StepRo
 from workers.cache import PagedCache, bytes_per_page, pages_that_fit
 from workers.config import EngineConfig
 from workers.context import ContextParts, StepPart
+from workers.expert_load import ExpertTally
 from workers.models import Model, build_model, read_model_config
 from workers.protocol import (
     Admit,
@@ -81,6 +82,8 @@ class StepResult(NamedTuple):
     """Digest of the collectives that this rank took part in."""
     poisoned_rows: tuple[int, ...]
     """Logit rows whose logits have no finite highest; their ids mean nothing."""
+    expert_rows: tuple[int, ...] = ()
+    """Now and then: see `workers.expert_load`."""
 
 
 class _WantedPrompt(NamedTuple):
@@ -173,6 +176,7 @@ class ModelRunner:
         """Digests of the graphs' collectives; empty where nothing is captured."""
         with torch.inference_mode():
             self._model = make_model(config, layout, rank, groups, device, progress)
+        self._expert_tally = ExpertTally(self._model, config, groups, self._fetch)
         self.vocab_size = self._model.vocab_size
         self.stop_token_ids = self._model.stop_token_ids
         self.max_model_len = _limit_of(config, self._model)
@@ -454,6 +458,7 @@ class ModelRunner:
             tuple(_read_prompt(prompt) for prompt in pending.prompt_logprobs),
             pending.ledger,
             poisoned,
+            self._expert_tally.step_done(),
         )
 
     def _mark_dirty_chunks(self, rows: StepRows, row_sums_T: NDArray[np.float32]) -> None:

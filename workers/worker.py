@@ -82,6 +82,8 @@ class Result(Protocol):
     def ledger(self) -> bytes: ...
     @property
     def poisoned_rows(self) -> tuple[int, ...]: ...
+    @property
+    def expert_rows(self) -> tuple[int, ...]: ...
 
 
 class Runner(Protocol):
@@ -435,6 +437,7 @@ class Worker:
             prompt_logprobs=result.prompt_logprobs if first else (),
             poisoned=poisoned if first else (),
             collectives=self._paths(done.step),
+            expert_rows=result.expert_rows,
         )
 
     def _paths(self, step: int) -> tuple[tuple[str, str, str, str, int], ...]:

@@ -13,6 +13,7 @@ class Result(NamedTuple):
     prompt_logprobs: tuple = ()
     ledger: bytes = b""
     poisoned_rows: tuple = ()
+    expert_rows: tuple = ()
 
 
 class InstantRunner:

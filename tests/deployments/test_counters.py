@@ -29,9 +29,9 @@ def header(num_rows, padded_rows, epoch=1):
     )
 
 
-def ack(rank, seconds=0.01, collectives=(), epoch=1):
+def ack(rank, seconds=0.01, collectives=(), epoch=1, expert_rows=()):
     one = Ack(epoch, rank, 0, b"", b"", b"", seconds)
-    return msgspec.structs.replace(one, collectives=collectives)
+    return msgspec.structs.replace(one, collectives=collectives, expert_rows=expert_rows)
 
 
 def done(acks, *, num_rows=(3, 0), padded_rows=(4, 4), chunks=(), epoch=1):
@@ -83,6 +83,17 @@ def test_collectives_are_summed_over_ranks_and_go_on_after_a_restart(counters):
     again = ack(0, collectives=((*first, 2),), epoch=2)
     counters.step_done(done([again, ack(1, epoch=2)], epoch=2))
     assert counters.collectives == {first: 17, second: 1}
+
+
+def test_rows_of_experts_are_summed_over_ranks_and_their_imbalance_is_of_late():
+    counters = Counters.of(Layout(tp_size=2, ep_size=2))
+    counters.step_done(done([ack(0, expert_rows=(6, 2)), ack(1, expert_rows=(0, 4))]))
+    assert (counters.expert_rows, counters.expert_imbalance) == ({0: 6, 1: 6}, 1.0)
+    counters.step_done(done([ack(0), ack(1)]))
+    counters.step_done(done([ack(0, expert_rows=(9, 2)), ack(1, expert_rows=(0, 5))]))
+    assert (counters.expert_rows, counters.expert_imbalance) == ({0: 9, 1: 7}, 1.5)
+    counters.step_done(done([ack(0, expert_rows=(1, 1), epoch=2), ack(1, epoch=2)], epoch=2))
+    assert counters.expert_rows == {0: 10, 1: 8}
 
 
 def test_every_cause_has_its_series_from_the_start(counters):

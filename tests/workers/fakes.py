@@ -42,6 +42,7 @@ class FakeResult(NamedTuple):
     logprobs: tuple = ()
     prompt_logprobs: tuple = ()
     poisoned_rows: tuple = ()
+    expert_rows: tuple = ()
 
 
 class FakeRunner:

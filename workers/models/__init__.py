@@ -63,6 +63,10 @@ class Model(Protocol):
         """
         ...
 
+    def expert_loads(self) -> dict[int, Tensor]:
+        """For each sparse layer how often its experts were chosen by rows that came here."""
+        ...
+
     def sources(self) -> list[Source | OneOf]:
         """What a checkpoint must hold, and where it goes on this rank."""
         ...
