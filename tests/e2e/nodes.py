@@ -127,7 +127,7 @@ class Host:
     def command(self, *words):
         return ["nsenter", f"--net=/run/netns/{self.name}", *map(str, words)]
 
-    def run(self, *words, timeout_s=60):
+    def run(self, *words, timeout_s=120):
         """What a command says that runs on this node."""
         done = subprocess.run(
             self.command(*words),

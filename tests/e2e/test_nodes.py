@@ -170,7 +170,6 @@ async def reasons_told(http, url):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.row("C3")
 def test_a_job_killed_five_times_asks_a_running_service_for_each_line_once(tmp_path):
     asked = write_questions(tmp_path / "in.jsonl", 1000)
     out, rng = tmp_path / "out.jsonl", random.Random()
