@@ -5,7 +5,8 @@ replica, with rows of its own; attention needs the keys and values of all, which
 (`parallel.context_gather`) and kept by every part. Here is the arithmetic alone: each rank works it
 out from the step's body, and nobody asks anybody.
 
-- Decodes are dealt out in order, equally many to each part.
+- Decodes are dealt out in turn, decode i to part i % attn_cp. So of rows that fill up a step of
+  decodes each part has its share, behind those that are tokens, whatever their number.
 - A chunk of a prompt is cut in its order into 2 * attn_cp blocks, and part c takes blocks c and
   2 * attn_cp - 1 - c (zigzag): a later row attends to more than an earlier one, and so all parts
   have the same work. (SGLang pull requests 17756 and 19329 have such a split for long prompts; here
@@ -108,14 +109,11 @@ class Cut:
 
     def decodes_of(self, part: int) -> slice:
         """Which of the decodes a part computes."""
-        dealt = part_counts(self.num_decodes, self.num_parts)
-        first = sum(dealt[:part])
-        return slice(first, first + dealt[part])
+        return slice(part, self.num_decodes, self.num_parts)
 
     def pieces_of(self, part: int) -> tuple[Piece, ...]:
         """The part's rows of chunks; its two blocks of a chunk are one piece if they touch."""
-        decodes = self.decodes_of(part)
-        row = decodes.stop - decodes.start
+        row = part_counts(self.num_decodes, self.num_parts)[part]
         early, late = part, 2 * self.num_parts - 1 - part
         pieces: list[Piece] = []
         for chunk, blocks in enumerate(self.blocks_CB.tolist()):
@@ -152,11 +150,11 @@ class Cut:
 
 def cut_rows(num_decodes: int, chunk_lengths: Sequence[int], num_parts: int) -> Cut:
     """How a step of decodes and chunks is cut for the parts of one replica."""
-    dealt = part_counts(num_decodes, num_parts)
     blocks_CB = _blocks(chunk_lengths, num_parts, num_decodes)
     forth = np.arange(num_parts)
     owners = np.tile(np.concatenate([forth, forth[::-1]]), len(chunk_lengths))
-    part_T = np.concatenate([np.repeat(forth, dealt), np.repeat(owners, blocks_CB.reshape(-1))])
+    dealt = np.arange(num_decodes) % num_parts
+    part_T = np.concatenate([dealt, np.repeat(owners, blocks_CB.reshape(-1))])
     counts = part_counts(len(part_T), num_parts)
     row_T = np.empty(len(part_T), np.int64)
     for part, count in enumerate(counts):

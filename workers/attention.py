@@ -79,7 +79,7 @@ class PagedAttention:
         self,
         layer: int,
         q_THW: Tensor,
-        row_TW: Tensor,
+        row_UW: Tensor,
         *,
         num_values: int,
         scale: float,
@@ -87,9 +87,9 @@ class PagedAttention:
     ) -> Tensor:
         """See `workers.batch.Attention`."""
         rows_XW, *keys = self._cache.rows(layer)
-        store_kv(rows_XW, self._kv_rows_T, row_TW)
+        store_kv(rows_XW, self._kv_rows_T, row_UW)
         if index is not None:
-            store_kv(keys[0], self._kv_rows_T, index.key_TE)
+            store_kv(keys[0], self._kv_rows_T, index.key_UE)
             if self._longest > index.num_chosen:
                 return self._attend_sparsely(layer, q_THW, index, num_values, scale)
         rows_PS1W = self._cache.layer(layer)[0].unsqueeze(2)

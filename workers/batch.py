@@ -51,8 +51,8 @@ class IndexRows(NamedTuple):
     q_TJE: Tensor
     weight_TJ: Tensor
     """float32, all scales included."""
-    key_TE: Tensor
-    """The rows' own keys, to be kept in the cache."""
+    key_UE: Tensor
+    """Keys to be kept in the cache: the rows' own, or those of all rows of the replica."""
     num_chosen: int
 
 
@@ -81,7 +81,7 @@ class Attention(Protocol):
         self,
         layer: int,
         q_THW: Tensor,
-        row_TW: Tensor,
+        row_UW: Tensor,
         *,
         num_values: int,
         scale: float,

@@ -32,7 +32,10 @@ class StepPart:
             longest=places.longest,
             places_U=upload(places.place_N),
         )
+        self.decodes = cut.decodes_of(group.rank)
+        """Which of the replica's decodes are this part's."""
         self._last: tuple[Int64s, Wanted] | None = None
+        self._all: Wanted | None = None
 
     def rows_of(self, rows: StepRows) -> StepRows:
         """This part's. `kv_rows_T` alone stays the replica's: all of its rows are stored."""
@@ -44,7 +47,7 @@ class StepPart:
             chunks.append(Chunk(chunk.slot, start, piece.length, piece.row, chunk.tokens))
         own_R = cut.part_T[rows.logit_rows_R] == part
         return rows._replace(
-            decode_slots_B=rows.decode_slots_B[cut.decodes_of(part)],
+            decode_slots_B=rows.decode_slots_B[self.decodes],
             chunks=tuple(chunks),
             positions_T=rows.positions_T[cut.rows_of(part)],
             logit_rows_R=cut.own_among(rows.logit_rows_R, part),
@@ -60,8 +63,10 @@ class StepPart:
 
     def take_all(self, x_TD: Tensor) -> Tensor:
         """All rows of the replica (U, D), without padding."""
-        own_M = np.arange(self._cut.counts[self._part])
-        return self.gather.take(x_TD, self._wanted(own_M, self._cut.places()))
+        if self._all is None:
+            own_M = np.arange(self._cut.counts[self._part])
+            self._all = self._wanted(own_M, self._cut.places())
+        return self.gather.take(x_TD, self._all)
 
     def _wanted(self, own_M: Int64s, places: Places) -> Wanted:
         return Wanted(self._upload(own_M), places.longest, self._upload(places.place_N))
@@ -89,3 +94,9 @@ class ContextParts:
         part = StepPart(self._group, cut, self._upload)
         self._last = None if lengths else (slots_B, part)
         return part
+
+    def part_of_bucket(self, num_rows: int) -> StepPart | None:
+        """Of so many decodes: what a graph of this bucket keeps, the same in every step."""
+        if self._group.size == 1:
+            return None
+        return StepPart(self._group, cut_rows(num_rows, (), self._group.size), self._upload)

@@ -103,7 +103,7 @@ class GpuAttention(ProjectionAttention):
     ) -> None:
         """Take a step's rows; the tensors are `rows`' own, on the device."""
         self._places_T, self._positions_T = places_T, positions_T
-        self._longest = int(rows.positions_T.max()) + 1
+        self._longest = int(rows.positions_T.max(initial=-1)) + 1
         self._decodes = self._blocks_M4 = None
         count = len(rows.decode_slots_B)
         if count:
@@ -170,7 +170,7 @@ class GpuAttention(ProjectionAttention):
         self,
         layer: int,
         q_THW: Tensor,
-        row_TW: Tensor,
+        row_UW: Tensor,
         *,
         num_values: int,
         scale: float,
@@ -178,11 +178,11 @@ class GpuAttention(ProjectionAttention):
     ) -> Tensor:
         """See `workers.batch.Attention`."""
         rows_XW, *keys = self._cache.rows(layer)
-        store_kv(rows_XW, self._places_T, row_TW)
+        store_kv(rows_XW, self._places_T, row_UW)
         q_THW = q_THW.contiguous()
         out_THR = q_THW.new_empty(*q_THW.shape[:2], num_values)
         if index is not None:
-            store_kv(keys[0], self._places_T, index.key_TE)
+            store_kv(keys[0], self._places_T, index.key_UE)
             if self._longest > index.num_chosen:
                 self._read_chosen(q_THW, rows_XW, keys[0], index, out_THR, scale)
                 return out_THR

@@ -9,7 +9,8 @@ The driver chooses the bucket, the same for every rank: all replicas have so man
 that are idle too, so every collective has the same shape on all ranks. How many of each replica's
 rows are tokens lies in a small tensor that graphs read, and that is uploaded when it changes; from
 it they work out which rows are routed to experts and counted. Rows that fill a bucket up are the
-spare slot's: they write to a page that is nobody's.
+spare slot's: they write to a page that is nobody's. With context parallelism each part computes
+its rows of the bucket, and the replica's ranks bring hidden rows together before the head.
 
 A graph works on slots of the symmetric arena, which stay where they are for good, and on memory
 that belongs to it alone. Its collectives are kept as the ledger recorded them at capture, and count
@@ -29,9 +30,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kernels.decode_rows import Rows, close_rows, open_rows
+from parallel.context import part_counts
 from parallel.dp_attention import RowCounts
 from parallel.groups import Call, Ledger, digest_of
 from workers.batch import ForwardBatch, StepRows
+from workers.context import ContextParts
 from workers.gpu_attention import DeviceTable, GpuAttention, Upload
 from workers.models import Model
 
@@ -66,13 +69,16 @@ class DecodeGraphs:
         table: DeviceTable,
         last_token_S: Tensor,
         ledger: Ledger,
+        parts: ContextParts,
         *,
         page_size: int,
         buckets: Sequence[int],
         num_replicas: int,
     ) -> None:
-        """`buckets` ascend; they are rows of each of `num_replicas`."""
+        """`buckets` ascend; they are rows of each of `num_replicas`, whose parts are `parts`."""
         self._ledger = ledger
+        self._num_parts = parts.num_parts
+        self._part_of = {bucket: parts.part_of_bucket(bucket) for bucket in buckets}
         self.buckets = tuple(buckets)
         most_rows = self.buckets[-1]
         self._model, self._attention, self._table = model, attention, table
@@ -81,9 +87,11 @@ class DecodeGraphs:
         self._device = device
         self._slots_B = torch.full((most_rows,), table.spare_slot, device=device)
         self._positions_B = torch.zeros(most_rows, dtype=torch.int64, device=device)
-        self._num_live_P = torch.zeros(num_replicas, dtype=torch.int64, device=device)
+        self._num_replicas = num_replicas
+        num_counts = num_replicas * self._num_parts
+        self._num_live_P = torch.zeros(num_counts, dtype=torch.int64, device=device)
         self._num_live = (0,) * num_replicas
-        """What `_num_live_P` holds."""
+        """What `_num_live_P` holds, for the parts of each replica together."""
         self._last_token_S = last_token_S
         self._turn_1 = torch.zeros(1, dtype=torch.int32, device=device)
         is_gpu = device.type == "cuda"
@@ -137,7 +145,8 @@ class DecodeGraphs:
         """Queue a step of decodes alone; `num_live` are all replicas' rows, before padding."""
         num_rows = step.num_rows
         if num_live != self._num_live:
-            self._num_live_P.copy_(upload(np.array(num_live, np.int64)))
+            by_part = [part_counts(count, self._num_parts) for count in num_live]
+            self._num_live_P.copy_(upload(np.array(by_part, np.int64).reshape(-1)))
             self._num_live = num_live
         if step.decode_slots_B is not self._slots or bucket != self._bucket:
             self._upload_rows(step, bucket, upload)
@@ -178,16 +187,26 @@ class DecodeGraphs:
     def _run(self, rows: Rows) -> Tensor:
         """The step itself; the logits."""
         ids_B, places_B = open_rows(rows, self._table.table_SN, page_size=self._page_size)
-        self._attention.prepare_decodes(rows.slots_B, rows.positions_B, places_B)
-        every = (len(rows.slots_B),) * len(self._num_live)
+        slots_T, positions_T = rows.slots_B, rows.positions_B
+        part = self._part_of[len(slots_T)]
+        if part is not None:
+            ids_B, slots_T, positions_T = (
+                each[part.decodes].contiguous() for each in (ids_B, slots_T, positions_T)
+            )
+        self._attention.prepare_decodes(slots_T, positions_T, places_B)
+        every = (len(rows.slots_B),) * self._num_replicas
         batch = ForwardBatch(
             input_ids_T=ids_B,
-            positions_T=rows.positions_B,
-            logit_rows_R=rows.slots_B,
+            positions_T=positions_T,
+            logit_rows_R=slots_T,
             attention=self._attention,
             counts=RowCounts(every, every, every),
             num_live_P=self._num_live_P,
+            context=None if part is None else part.gather,
         )
-        logits_BV = self._model.logits(self._model.forward(batch), every)
+        hidden_BD = self._model.forward(batch)
+        if part is not None:
+            hidden_BD = part.take_all(hidden_BD)
+        logits_BV = self._model.logits(hidden_BD, every)
         close_rows(logits_BV, rows)
         return logits_BV

@@ -169,9 +169,10 @@ class ModelRunner:
         self._parts = ContextParts(groups.attn_cp, self._upload)
         self._num_replicas = layout.num_replicas
         self._row_multiple = plan_of(config).row_multiple
-        can_capture = self._use_kernels and groups.attn_cp.size == 1
-        self.buckets = buckets_up_to(config.max_num_seqs, self._row_multiple) if can_capture else ()
-        """Rows of a replica for which a decode is captured; none with context parallelism."""
+        self.buckets = (
+            buckets_up_to(config.max_num_seqs, self._row_multiple) if self._use_kernels else ()
+        )
+        """Rows of a replica for which a decode is captured."""
         self.captured = b""
         """Digests of the graphs' collectives; empty where nothing is captured."""
         with torch.inference_mode():
@@ -526,6 +527,7 @@ class ModelRunner:
             self._table,
             self._sampler.last_token_S,
             self._ledger,
+            self._parts,
             page_size=self._config.page_size,
             buckets=self.buckets,
             num_replicas=self._num_replicas,

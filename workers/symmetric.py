@@ -72,7 +72,11 @@ def slots_of(
 
 
 def cached_width(model: ModelConfig, attn_tp: int) -> int:
-    """Numbers that a row leaves in the cache of one layer on one rank: keys and values."""
+    """Numbers that a row leaves in the cache of one layer on one rank."""
+    latent = model.latent
+    if latent is not None:
+        index = 0 if latent.index is None else latent.index.head_dim
+        return latent.rank + model.head_dim + index
     return 2 * max(model.num_kv_heads // attn_tp, 1) * model.head_dim
 
 

@@ -1,9 +1,9 @@
 """Real ranks over gloo: tiny DeepSeek checkpoints say in every layout what one rank says.
 
-And one rank says what transformers says. Six layouts run by default: each of tensor parallel,
-attention replicas, experts spread, an all-to-all, dense layers elsewhere, a head within a replica
-and attention that gathers inside meets a latent cache in at least one of them. The others are
-`slow`.
+And one rank says what transformers says. Seven layouts run by default: each of tensor parallel,
+attention replicas, a replica in parts, experts spread, an all-to-all, dense layers elsewhere, a
+head within a replica and attention that gathers inside meets a latent cache in at least one of
+them. The others are `slow`.
 """
 
 import pytest
@@ -16,6 +16,7 @@ from tests.workers.test_models import GROUPS, INDEX, LATENT, SHARP_YARN
 
 pytestmark = [
     pytest.mark.timeout(180),
+    pytest.mark.row("S7"),
     pytest.mark.row("S8"),
     pytest.mark.row("S10"),
     pytest.mark.row("S11"),
@@ -36,6 +37,7 @@ DEFAULT = [
     ("v3", {**DP2, **A2A, "ep_size": 4, "disable_attn_tp_gather": True, "moe_dense_tp_size": 1}),
     ("v3.2", {"tp_size": 4, "disable_attn_tp_gather": True, "moe_dense_tp_size": 1}),
     ("v3.2", {"tp_size": 2, **REPLICAS}),
+    ("v3.2", {"tp_size": 4, "attn_cp_size": 2, "ep_size": 4, "enable_symm_mem": True}),
     ("v3.2", {**DP4, **A2A, "ep_size": 4, "enable_dp_lm_head": True, "moe_dense_tp_size": 1}),
 ]
 

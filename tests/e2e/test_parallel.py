@@ -1,6 +1,6 @@
 """Real ranks over gloo: whatever the layout, the bundled model says what one rank says.
 
-Ten combinations that cover every pair of settings that matters run by default, the others are
+A few combinations that cover every pair of settings that matters run by default, the others are
 `slow`. The requests are chosen so that replicas are uneven, idle for a while, and that prompts and
 decodes meet in one step.
 """
@@ -53,16 +53,17 @@ DEFAULT = [
 
 def all_of_them():
     """Every combination on two and four ranks that the bundled model has a plan for."""
-    for tp, dp, dense, (backend, ep, moe_dp), lm_head, inside in itertools.product(
-        (2, 4), (1, 2, 4), (None, 1, 2), (("none", 1, 1), ("none", 2, 1), ("none", 4, 1),
+    for tp, dp, cp, dense, (backend, ep, moe_dp), lm_head, inside in itertools.product(
+        (2, 4), (1, 2, 4), (1, 2), (None, 1, 2), (("none", 1, 1), ("none", 2, 1), ("none", 4, 1),
         ("torch", 4, 1), ("torch", 2, 2), ("torch", 2, 1)), (False, True), (False, True),
     ):  # fmt: skip
         spread = ep * moe_dp
-        if tp % dp or tp % spread or (backend == "torch" and spread < tp):
+        if tp % (dp * cp) or tp % spread or (backend == "torch" and spread < tp):
             continue
-        if (lm_head and dp == 1) or (dense == 2 and 2 not in (tp, tp // dp)):
+        if (lm_head and dp == 1) or (dense == 2 and 2 not in (tp, tp // dp // cp)):
             continue
         settings = {"tp_size": tp, "ep_size": ep, "moe_dp_size": moe_dp, "moe_a2a_backend": backend}
+        settings |= {"attn_cp_size": cp}
         if dp > 1:
             settings |= {"dp_size": dp, "enable_dp_attention": True, "enable_dp_lm_head": lm_head}
         if dense is not None:

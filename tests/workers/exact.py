@@ -139,13 +139,15 @@ class LinearAttention:
             outs.append(torch.remainder(torch.einsum("hts,shd->thd", score_HTS, v), 11.0) - 5.0)
         return torch.cat(outs)[self._rows]
 
-    def attend_latent(self, layer, q_THW, row_TW, *, num_values, scale, index):
+    def attend_latent(self, layer, q_THW, row_UW, *, num_values, scale, index):
+        all_UHW = q_THW.new_full((len(row_UW), *q_THW.shape[1:]), torch.nan)
+        all_UHW[self._rows] = q_THW
         outs = []
-        for q, row in zip(*(x.split(self._lengths) for x in (q_THW, row_TW)), strict=True):
+        for q, row in zip(*(x.split(self._lengths) for x in (all_UHW, row_UW)), strict=True):
             score_HTS = torch.remainder(torch.einsum("thw,sw->hts", q, row), 3.0).tril()
             out = torch.einsum("hts,sr->thr", score_HTS, row[:, :num_values])
             outs.append(torch.remainder(out, 11.0) - 5.0)
-        return torch.cat(outs)
+        return torch.cat(outs)[self._rows]
 
 
 def install(patch) -> None:

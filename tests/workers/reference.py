@@ -69,7 +69,7 @@ class DenseAttention:
         self,
         layer: int,
         q_THW: Tensor,
-        row_TW: Tensor,
+        row_UW: Tensor,
         *,
         num_values: int,
         scale: float,
@@ -78,10 +78,10 @@ class DenseAttention:
         outs, first = [], 0
         for length in self._lengths:
             here, first = slice(first, first + length), first + length
-            q, row = q_THW[here], row_TW[here]
+            q, row = q_THW[here], row_UW[here]
             hidden = torch.ones(length, length, dtype=torch.bool).triu(1)
             if index is not None:
-                score = torch.einsum("tje,se->tjs", index.q_TJE[here], index.key_TE[here]).relu()
+                score = torch.einsum("tje,se->tjs", index.q_TJE[here], index.key_UE[here]).relu()
                 score = torch.einsum("tj,tjs->ts", index.weight_TJ[here], score)
                 rank = score.masked_fill(hidden, -torch.inf).argsort(1, descending=True).argsort(1)
                 hidden = hidden | (rank >= index.num_chosen)

@@ -161,6 +161,7 @@ LAYOUTS = [
     pytest.param({"tp_size": 2}, marks=pytest.mark.slow),
     DP2,
     DP2_TP2 | {"ep_size": 2},
+    DP2_TP2 | {"ep_size": 2, "attn_cp_size": 2},
     DP2_TP2 | A2A | {"ep_size": 4, "moe_dense_tp_size": 1, "enable_dp_lm_head": True},
     pytest.param(
         {"tp_size": 4, "ep_size": 4, "moe_dense_tp_size": 1, "disable_attn_tp_gather": True} | A2A,

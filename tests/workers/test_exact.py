@@ -200,8 +200,7 @@ def run_cases(cases: list[Case], all_below: int = 8) -> None:
     num_steps = 0
     with torch.inference_mode():
         for index, case in enumerate(cases):
-            models = range(3 if case.cp == 1 else 2)
-            numbers = models if case.tp < all_below else (models[index % len(models)],)
+            numbers = (0, 1, 2) if case.tp < all_below else (index % 3,)
             try:
                 num_steps += run_case(case, numbers)
             except BaseException as error:

@@ -69,8 +69,8 @@ def run_case(case) -> Counter:
 
 
 def rank_independent(case) -> int:
-    """One of the two models, the same on every rank."""
-    return (case.ep + case.moe_dp + (case.dense or 0)) % 2
+    """One of the models, the same on every rank."""
+    return (case.ep + case.moe_dp + case.cp + (case.dense or 0)) % len(CONFIGS)
 
 
 def run_cases(cases) -> Counter:

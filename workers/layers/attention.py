@@ -133,6 +133,8 @@ class SelfAttention:
         self, x_TD: Tensor, rotation: Rotation, attention: Attention, context: ContextGather
     ) -> Activation:
         """Rows of one part; the replica may have rows where this part has none."""
+        if context.num_here == x_TD.shape[0] > 0:
+            return self._out.forward(self._read_in_part(x_TD, rotation, attention, context))
         width = self._num_heads * self._head_dim
         out_TN = x_TD.new_zeros(x_TD.shape[0], width)
         if context.num_rows:

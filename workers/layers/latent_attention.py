@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from parallel.context_gather import ContextGather
 from parallel.dp_attention import Activation, RowSplit
 from parallel.plan import Place, Rows
 from workers.batch import Attention, IndexRows
 from workers.cache import RowShapes
-from workers.errors import BadModelConfig, BadSplit
+from workers.errors import BadModelConfig
 from workers.layers.build import Build, even_share
 from workers.layers.linear import ColumnParallelLinear, Columns, RowParallelLinear, even_columns
 from workers.layers.norm import RMSNorm
@@ -40,11 +41,6 @@ NORM_EPS = 1e-6
 class LatentAttention:
     def __init__(self, build: Build, layer: int, latent: LatentConfig) -> None:
         config, group, place = build.config, build.groups.attn_tp, build.plan.attention
-        if build.groups.attn_cp.size > 1:
-            raise BadSplit(
-                f"attn_cp_size={build.groups.attn_cp.size}: {config.architecture} does not gather "
-                "its latents yet; set it to 1"
-            )
         prefix = f"model.layers.{layer}.self_attn"
         heads = even_share(config.num_heads, group, f"{prefix} heads")
         self._layer, self._latent = layer, latent
@@ -112,39 +108,90 @@ class LatentAttention:
     ) -> Activation:
         num_rows = x_TD.shape[0]
         num_real = num_rows if split is None else split.num_real
-        if num_real == num_rows > 0:
+        context = None if split is None else split.context
+        if context is None and num_real == num_rows > 0:
             return self._out.forward(self._read(x_TD, rotation, attention))
         out_TN = x_TD.new_zeros(num_rows, self._num_heads * self._latent.value_dim)
-        if num_real:  # padding has no place in any sequence, so attention never sees it
-            out_TN[:num_real] = self._read(x_TD[:num_real], rotation, attention)
+        own_TD = x_TD[:num_real]  # padding has no place in any sequence: attention never sees it
+        if context is not None and context.num_rows:
+            out_TN[:num_real] = self._read_in_part(own_TD, rotation, attention, context)
+        elif num_real:
+            out_TN[:num_real] = self._read(own_TD, rotation, attention)
         return self._out.forward(out_TN)
 
     def _read(self, x_TD: Tensor, rotation: Rotation, attention: Attention) -> Tensor:
         """What the rows read of their sequences, heads side by side."""
-        latent, num_rows = self._latent, x_TD.shape[0]
-        parts = self._compress.forward(x_TD).split_with_sizes(
+        query_TQ, latent_TR, key_T1D = self._compressed(x_TD)
+        absorbed_THR, query_THD = self._queries(query_TQ)
+        # The shared key is turned as one more head.
+        turned_TXD = self._turned(torch.cat((query_THD, key_T1D), 1), rotation)
+        index = self._index(x_TD, query_TQ, rotation)
+        row_TW = torch.cat((latent_TR, turned_TXD[:, -1]), 1)
+        return self._attended(attention, absorbed_THR, turned_TXD[:, :-1], row_TW, index)
+
+    def _read_in_part(
+        self, x_TD: Tensor, rotation: Rotation, attention: Attention, context: ContextGather
+    ) -> Tensor:
+        """The same of one part's rows, which may be none: what the cache keeps of all parts' is on
+        its way here while the queries are computed."""
+        query_TQ, latent_TR, key_T1D = self._compressed(x_TD)
+        index = self._index(x_TD, query_TQ, rotation)
+        kept = [latent_TR, self._turned(key_T1D, rotation).squeeze(1)]
+        if index is not None:
+            kept.append(index.key_UE)
+        pending = context.start(torch.cat(kept, 1))
+        absorbed_THR, query_THD = self._queries(query_TQ)
+        turned_THD = self._turned(query_THD, rotation)
+        widths = [width for (width,) in self.cache_shapes]
+        row_UW, *keys = pending.wait().split_with_sizes(widths, 1)
+        if index is not None:
+            index = index._replace(key_UE=keys[0])
+        return self._attended(attention, absorbed_THR, turned_THD, row_UW, index)
+
+    def _compressed(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What queries are made from, the latent, and the key that all heads share."""
+        latent = self._latent
+        query_TQ, latent_TR, key_TD = self._compress.forward(x_TD).split_with_sizes(
             (latent.query_rank or 0, latent.rank, self._rotated_dim), 1
         )
-        query_TQ = x_TD
-        if self._query_norm is not None:
-            query_TQ = self._query_norm.forward(parts[0].contiguous())
-        latent_TR = self._latent_norm.forward(parts[1].contiguous())
-        query_THX = self._query.forward(query_TQ).view(num_rows, self._num_heads, -1)
-        plain_THN, query_THD = query_THX.split_with_sizes((latent.plain_dim, self._rotated_dim), 2)
-        # The shared key is turned as one more head.
-        turned_TXD = torch.cat((query_THD, parts[2].unsqueeze(1)), 1)
-        turned_TXD = rotation.apply(_halved(turned_TXD) if latent.is_interleaved else turned_TXD)
-        absorbed_HTR = torch.bmm(plain_THN.transpose(0, 1), self._keys_HNR)
+        if self._query_norm is None:
+            query_TQ = x_TD
+        else:
+            query_TQ = self._query_norm.forward(query_TQ.contiguous())
+        return query_TQ, self._latent_norm.forward(latent_TR.contiguous()), key_TD.unsqueeze(1)
+
+    def _queries(self, query_TQ: Tensor) -> tuple[Tensor, Tensor]:
+        """Of every head what it asks of latents (T, H, R), and what is yet to be rotated."""
+        widths = (self._latent.plain_dim, self._rotated_dim)
+        query_TX = self._query.forward(query_TQ)
+        query_THX = query_TX.view(len(query_TQ), self._num_heads, sum(widths))
+        plain_THN, query_THD = query_THX.split_with_sizes(widths, 2)
+        return torch.bmm(plain_THN.transpose(0, 1), self._keys_HNR).transpose(0, 1), query_THD
+
+    def _turned(self, x_TXD: Tensor, rotation: Rotation) -> Tensor:
+        return rotation.apply(_halved(x_TXD) if self._latent.is_interleaved else x_TXD)
+
+    def _attended(
+        self,
+        attention: Attention,
+        absorbed_THR: Tensor,
+        turned_THD: Tensor,
+        row_UW: Tensor,
+        index: IndexRows | None,
+    ) -> Tensor:
+        """Values that the rows read, heads side by side, once all there is to keep is there."""
+        latent = self._latent
         out_THR = attention.attend_latent(
             self._layer,
-            torch.cat((absorbed_HTR.transpose(0, 1), turned_TXD[:, :-1]), 2),
-            torch.cat((latent_TR, turned_TXD[:, -1]), 1),
+            torch.cat((absorbed_THR, turned_THD), 2),
+            row_UW,
             num_values=latent.rank,
             scale=latent.scale,
-            index=self._index(x_TD, query_TQ, rotation),
+            index=index,
         )
         out_HTV = torch.bmm(out_THR.transpose(0, 1), self._values_HRV)
-        return out_HTV.transpose(0, 1).reshape(num_rows, self._num_heads * latent.value_dim)
+        width = self._num_heads * latent.value_dim
+        return out_HTV.transpose(0, 1).reshape(len(absorbed_THR), width)
 
     def _index(self, x_TD: Tensor, query_TQ: Tensor, rotation: Rotation) -> IndexRows | None:
         if self._indexer is None:
@@ -192,7 +239,8 @@ class Indexer:
     def forward(self, x_TD: Tensor, query_TQ: Tensor, rotation: Rotation) -> IndexRows:
         """`query_TQ` is what attention makes its queries from."""
         index, num_rows = self._index, x_TD.shape[0]
-        query_TJE = self._query.forward(query_TQ).view(num_rows, index.num_heads, -1)
+        query_TX = self._query.forward(query_TQ)
+        query_TJE = query_TX.view(num_rows, index.num_heads, index.head_dim)
         key_TE, weight_TJ = self._key_and_weight.forward(x_TD).split_with_sizes(
             (index.head_dim, index.num_heads), 1
         )
