@@ -474,6 +474,44 @@ def test_a_store_that_takes_nothing_says_so(store, monkeypatch):
         output.finish()
 
 
+IMPATIENT = """
+import sys
+from deployments import batch_objects
+from deployments.cli import main
+batch_objects.PART_S = 0.05
+sys.exit(main(["batch", *sys.argv[1:]]))
+"""
+
+
+def test_a_batch_that_is_killed_goes_on_from_its_parts(tmp_path):
+    """`local://` is treated like any store: it is not known to be a disk."""
+    num_lines, concurrency, out = 1500, 8, tmp_path / "out.jsonl"
+    (tmp_path / "in.jsonl").write_bytes(b"\n".join(line(f"q{n}") for n in range(num_lines)))
+    files = ("-i", tmp_path / "in.jsonl", "-o", f"local://{out}")
+    with running() as front:
+        command = [sys.executable, "-c", IMPATIENT, *files, "--url", front.url]
+        command += ["--concurrency", str(concurrency)]
+        first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 60
+        while len(list(tmp_path.glob("out.jsonl.part-*"))) < 3:
+            assert first.poll() is None, "the batch ended before it was killed"
+            assert time.monotonic() < deadline, "no parts were put"
+            time.sleep(0.01)
+        first.kill()
+        first.wait()
+        parts = sorted(tmp_path.glob("out.jsonl.part-*"))
+        kept = {one for part in parts for one in part.read_bytes().splitlines(True)[:-1]}
+        assert kept
+        assert not out.exists()
+        told = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
+    assert " were done before" in told.stdout
+    lines = out.read_bytes().splitlines(keepends=True)
+    assert kept <= set(lines), "a line that was in a part was computed again"
+    assert len(lines) == num_lines
+    assert {one["custom_id"] for one in results(tmp_path)} == {f"q{n}" for n in range(num_lines)}
+    assert list(tmp_path.glob("out.jsonl.*")) == []
+
+
 def test_what_is_in_a_store_and_no_result_is_not_touched(store):
     store.pipe("/bucket/out.jsonl", b"my notes\nmore\n")
     with pytest.raises(BatchError, match=r"line 1 of memory://bucket/out.jsonl .* name another"):
