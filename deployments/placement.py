@@ -74,11 +74,9 @@ class Need:
             bundle["GPU"] = self.gpus_per_node
         return [dict(bundle) for _ in range(self.num_nodes)]
 
-    def selectors(self, avoided: Collection[str]) -> list[dict[str, str]] | None:
+    def selectors(self, avoided: Collection[str]) -> list[dict[str, str]]:
         """Ray's label selectors of the bundles, so that none goes to a node of these ids."""
-        if not avoided:
-            return None
-        selector = {"ray.io/node-id": f"!in({','.join(sorted(avoided))})"}
+        selector = {"ray.io/node-id": f"!in({','.join(sorted(avoided))})"} if avoided else {}
         return [dict(selector) for _ in range(self.num_nodes)]
 
     @property

@@ -33,7 +33,7 @@ def test_one_node_is_packed_and_several_are_spread():
 
 
 def test_nodes_can_be_done_without():
-    assert need(2, 4).selectors([]) is None
+    assert need(2, 4).selectors([]) == [{}, {}]
     assert need(2, 4).selectors(["b", "a"]) == [{"ray.io/node-id": "!in(a,b)"}] * 2
 
 
