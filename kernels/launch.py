@@ -9,6 +9,10 @@ Triton compiles a kernel anew for integers that are 1 or a multiple of 16. Those
 step to step are named in `do_not_specialize`, or a request would wait for the compiler.
 """
 
+import time
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -34,3 +38,21 @@ def refuse_unless(holds: bool, sentence: str) -> None:
     """A launcher's check: kernels trust their arguments."""
     if not holds:
         raise ValueError(sentence)
+
+
+def tell_of_compilations(tell: Callable[[str, float], None]) -> None:
+    """Call `tell(kernel, seconds)` for each kernel that Triton compiles in this process from here.
+
+    Kernels are compiled before a rank is ready; one that is compiled later kept requests waiting,
+    because an argument that should not be specialised was, or a shape was not warmed up.
+    """
+    began: list[float] = []
+
+    def before(**about: Any) -> None:
+        began.append(time.perf_counter())
+
+    def after(**about: Any) -> None:
+        tell(about["fn"].name, time.perf_counter() - (began.pop() if began else 0.0))
+
+    triton.knobs.runtime.jit_cache_hook = before
+    triton.knobs.runtime.jit_post_compile_hook = after

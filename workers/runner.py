@@ -207,7 +207,10 @@ class ModelRunner:
                 self._graphs.capture(lambda done, total: self._report("graphs", done, total))
             self.captured = self._graphs.captured
         if self._device.type == "cuda":
+            from kernels.launch import tell_of_compilations
+
             print(self._memory_table(num_pages), flush=True)
+            tell_of_compilations(_complain_of_compilation)
 
     def _read_one_prompt(self, length: int, num_pages: int) -> None:
         room = num_pages * self._config.page_size
@@ -635,6 +638,14 @@ class ModelRunner:
         lines = [f"{name:16s}{size / GIB:9.2f} GiB" for name, size in rows.items()]
         num_tokens = num_pages * self._config.page_size
         return "\n".join([f"memory, {num_pages} pages for {num_tokens} tokens:", *lines])
+
+
+def _complain_of_compilation(kernel: str, seconds: float) -> None:
+    print(
+        f"the kernel {kernel} was compiled after ready and a step waited {seconds:.2f} s for it; "
+        "please report it with the model and the settings",
+        flush=True,
+    )
 
 
 def _limit_of(config: EngineConfig, model: Model) -> int:
