@@ -46,7 +46,7 @@ def choose_tiles(num_rows: int, num_in: int, num_out: int) -> Tiles | None:
     return Tiles(64, 128, min(8, 128 * 64 // num_out), 4, 4)
 
 
-@triton.jit(do_not_specialize=["num_rows", "part"])
+@triton.jit(do_not_specialize=["num_rows"])
 def _narrow_kernel(
     x_ptr,
     weight_ptr,
@@ -54,7 +54,7 @@ def _narrow_kernel(
     num_rows,
     num_out,
     num_in,
-    part,
+    PART: tl.constexpr,
     ROWS: tl.constexpr,
     OUTS: tl.constexpr,
     INNER: tl.constexpr,
@@ -70,8 +70,8 @@ def _narrow_kernel(
     weights = weight_ptr + outs.to(tl.int64)[:, None] * num_in
     xs = x_ptr + rows[None, :] * num_in
     total = tl.zeros((OUTS, ROWS), tl.float32)
-    start = split * part
-    end = tl.minimum(start + part, num_in)
+    start = split * PART  # a constant: a load of several numbers needs to know that it is aligned
+    end = tl.minimum(start + PART, num_in)
     begin(PDL)
     for at in tl.range(start, end, INNER, num_stages=STAGES):
         k = at + inners
@@ -123,7 +123,7 @@ def narrow_linear(
         num_rows,
         num_out,
         num_in,
-        part,
+        PART=part,
         ROWS=max(16, triton.next_power_of_2(num_rows)),
         OUTS=tiles.outs,
         INNER=tiles.inner,

@@ -1,19 +1,20 @@
 """Attention of one query row a sequence over keys and values in pages: split-KV flash decoding.
 
-Each program takes one sequence, one kv head and one part of the sequence, with the queries that
-share the head as the rows of a tensor-core product. A sequence is cut into at most `num_splits`
-parts of at least `min_part` tokens, so a lone long sequence fills the GPU and many short ones are
-not cut at all. A sequence that is one part is written at once; others leave partial sums, which
-`combine_kernel` weighs by their sums of exponentials.
+A program takes one sequence's part and one kv head, with the queries that share the head as the
+rows of a tensor-core product. How sequences are cut is found on the device, once a step for all
+layers (`cut_sequences`): no part is longer than a program's fair share of all tokens there are, so
+a lone sequence fills the GPU, many of equal length are not cut at all, and of unequal ones the long
+are cut and keep nobody waiting. Parts are left in memory, and the program that leaves a sequence's
+last one adds them up, weighed by their sums of exponentials: no second launch.
 
-When to use: on a GPU, for decodes. The launch depends on nothing but the number of rows and
-`num_splits`, so it can be captured in a CUDA graph: lengths and pages are read on the device.
+    fair share 2 blocks:  aaaaa b ccc  ->  aa aa a, b, cc c
 
-    length 1000, num_splits 4, min_part 256: parts of 256 tokens, the last of 232
-    length  300: parts of 256 and 44;   length 200: one part, no second pass
+What is launched depends on nothing but the number of rows, so it can be captured in a CUDA graph.
+
+When to use: on a GPU, for decodes of any number and length.
 
 Shapes: B sequences, H heads, G kv heads, D head dim, X tokens of the cache, S slots, N pages of a
-slot, K parts.
+slot, I items (parts), C counters.
 """
 
 from typing import NamedTuple
@@ -26,43 +27,111 @@ from torch import Tensor
 from kernels.launch import begin, has_pdl, refuse_unless
 
 BLOCK_TOKENS = 64
+SHARES_PER_SM = 6
+"""A fair share is what so many programs to each multiprocessor would do. 4 is best for sequences of
+equal lengths, 8 for unequal ones, by some percent."""
+SEQS_AT_ONCE = 256
 LOG2_E = 1.4426950408889634
-MAX_SPLITS = 128
 
 
-class Split(NamedTuple):
-    """How sequences are cut."""
+class Cut(NamedTuple):
+    """How a step's sequences are cut into items."""
 
-    num_splits: int
-    min_part: int
-
-
-def choose_split(num_seqs: int, num_kv_heads: int, max_len: int, *, num_programs: int) -> Split:
-    """Enough parts that `num_programs` programs are busy, none shorter than is worth a program.
-
-    >>> choose_split(1, 8, 8192, num_programs=1056)
-    Split(num_splits=128, min_part=64)
-    >>> choose_split(256, 8, 8192, num_programs=1056)
-    Split(num_splits=8, min_part=256)
-    """
-    groups = num_seqs * num_kv_heads
-    min_part = 64 if groups * 4 <= num_programs else 128 if groups * 2 <= num_programs else 256
-    wanted = max(8, -(-num_programs // groups))
-    return Split(max(1, min(wanted, MAX_SPLITS, -(-max_len // min_part))), min_part)
+    items_I3: Tensor
+    """int32: each item's sequence, which of its parts it is, and how many it has (0: no item)."""
+    lengths_B: Tensor
+    """int32: blocks of each sequence's parts."""
 
 
 @triton.jit
-def part_of(position, window, num_splits, min_part, BLOCK: tl.constexpr):
-    """(first token, tokens of a part, one past the last token)."""
+def _read_of(position, window, BLOCK: tl.constexpr):
+    """(first token, one past the last, blocks) that a row at `position` reads."""
     stop = position + 1
-    first = 0
-    if window > 0:
-        first = tl.maximum(stop - window, 0)
-    length = tl.maximum(min_part, tl.cdiv(stop - first, num_splits))
-    return first, tl.cdiv(length, BLOCK) * BLOCK, stop
+    first = tl.where(window > 0, tl.maximum(stop - window, 0), 0)
+    return first, stop, tl.cdiv(stop - first, BLOCK)
 
 
-@triton.jit(do_not_specialize=["num_splits", "min_part", "window"])
+@triton.jit(do_not_specialize=["num_seqs", "num_shares", "num_items", "window"])
+def _cut_kernel(
+    position_ptr,
+    item_ptr,
+    length_ptr,
+    num_seqs,
+    num_shares,
+    num_items,
+    window,
+    SEQS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    begin(PDL)
+    places = tl.arange(0, SEQS)
+    total = 0
+    for at in range(0, num_seqs, SEQS):
+        here = at + places < num_seqs
+        position = tl.load(position_ptr + at + places, mask=here, other=0).to(tl.int32)
+        _, _, blocks = _read_of(position, window, BLOCK)
+        total += tl.sum(tl.where(here, blocks, 0))
+    share = tl.cdiv(total, num_shares)
+    used = 0
+    for at in range(0, num_seqs, SEQS):
+        seqs = at + places
+        here = seqs < num_seqs
+        position = tl.load(position_ptr + seqs, mask=here, other=0).to(tl.int32)
+        _, _, blocks = _read_of(position, window, BLOCK)
+        length = tl.cdiv(blocks, tl.cdiv(blocks, share))
+        num_parts = tl.where(here, tl.cdiv(blocks, length), 0)
+        tl.store(length_ptr + seqs, length, mask=here)
+        first = used + tl.cumsum(num_parts, 0) - num_parts
+        for part in range(tl.max(num_parts)):
+            item = item_ptr + 3 * (first + part)
+            exists = part < num_parts
+            tl.store(item, seqs, mask=exists)
+            tl.store(item + 1, part, mask=exists)
+            tl.store(item + 2, num_parts, mask=exists)
+        used += tl.sum(num_parts)
+    for at in range(used, num_items, SEQS):
+        tl.store(item_ptr + 3 * (at + places) + 2, 0, mask=at + places < num_items)
+
+
+def num_shares_of(num_kv_heads: int, num_sms: int) -> int:
+    """Among how many programs the tokens of one kv head are thought to be shared.
+
+    >>> num_shares_of(8, 132)
+    99
+    """
+    return max(1, num_sms * SHARES_PER_SM // num_kv_heads)
+
+
+def cut_sequences(positions_B: Tensor, num_shares: int, *, sliding_window: int | None) -> Cut:
+    """Cut what rows at `positions_B` read into parts of at most a `num_shares`-th of all blocks."""
+    num_seqs, device = len(positions_B), positions_B.device
+    refuse_unless(
+        num_seqs > 0 and num_shares > 0,
+        f"{num_seqs} sequences cannot be cut for {num_shares} programs",
+    )
+    num_items = num_seqs + num_shares  # at most: each sequence has one part that is not full
+    items = torch.empty(num_items, 3, dtype=torch.int32, device=device)
+    lengths = torch.empty(num_seqs, dtype=torch.int32, device=device)
+    pdl = has_pdl(positions_B)
+    _cut_kernel[(1,)](
+        positions_B,
+        items,
+        lengths,
+        num_seqs,
+        num_shares,
+        num_items,
+        0 if sliding_window is None else sliding_window,
+        SEQS=SEQS_AT_ONCE,
+        BLOCK=BLOCK_TOKENS,
+        PDL=pdl,
+        num_warps=8,
+        launch_pdl=pdl,
+    )
+    return Cut(items, lengths)
+
+
+@triton.jit(do_not_specialize=["window"])
 def _decode_kernel(
     q_ptr,
     keys_ptr,
@@ -70,14 +139,15 @@ def _decode_kernel(
     table_ptr,
     slot_ptr,
     position_ptr,
+    item_ptr,
+    length_ptr,
     out_ptr,
     partial_ptr,
     weight_ptr,
+    counter_ptr,
     scale_log2,
     window,
     table_stride,
-    num_splits,
-    min_part,
     num_kv_heads,
     head_dim,
     GROUP: tl.constexpr,
@@ -90,25 +160,26 @@ def _decode_kernel(
     PDL: tl.constexpr,
 ):
     kv_head = tl.program_id(0)
-    split = tl.program_id(1)
-    seq = tl.program_id(2).to(tl.int64)
+    item = tl.program_id(1)
     begin(PDL)
-    position = tl.load(position_ptr + seq).to(tl.int32)
-    first, length, stop = part_of(position, window, num_splits, min_part, BLOCK)
-    start = first + split * length
-    if start >= stop:
+    num_parts = tl.load(item_ptr + 3 * item + 2)
+    if num_parts == 0:
         return
+    seq = tl.load(item_ptr + 3 * item).to(tl.int64)
+    part = tl.load(item_ptr + 3 * item + 1)
+    position = tl.load(position_ptr + seq).to(tl.int32)
+    first, stop, _ = _read_of(position, window, BLOCK)
+    length = tl.load(length_ptr + seq) * BLOCK
+    start = first + part * length
     end = tl.minimum(start + length, stop)
     members = tl.arange(0, GROUP_PAD)
     dims = tl.arange(0, DIM)
     in_group = members < GROUP
     in_head = dims < head_dim
-    heads = seq * num_kv_heads * GROUP + kv_head * GROUP + members
-    q = tl.load(
-        q_ptr + heads[:, None] * head_dim + dims[None, :],
-        mask=in_group[:, None] & in_head[None, :],
-        other=0.0,
-    )
+    heads = (seq * num_kv_heads + kv_head) * GROUP + members
+    q_offsets = heads[:, None] * head_dim + dims[None, :]
+    inside_q = in_group[:, None] & in_head[None, :]
+    q = tl.load(q_ptr + q_offsets, mask=inside_q, other=0.0)
     table = table_ptr + tl.load(slot_ptr + seq) * table_stride
     token_stride = num_kv_heads * head_dim
     highest = tl.full((GROUP_PAD,), float("-inf"), tl.float32)
@@ -133,60 +204,61 @@ def _decode_kernel(
         out = tl.dot(weights.to(values.dtype), values, out, input_precision=PRECISION)
         highest = new_highest
     out = out / total[:, None]
-    inside = in_group[:, None] & in_head[None, :]
-    if stop - first <= length:
-        tl.store(out_ptr + heads[:, None] * head_dim + dims[None, :], out, mask=inside)
+    if num_parts == 1:
+        tl.store(out_ptr + q_offsets, out, mask=inside_q)
     else:
-        parts = heads * num_splits + split
-        tl.store(partial_ptr + parts[:, None] * head_dim + dims[None, :], out, mask=inside)
-        tl.store(weight_ptr + parts, highest + tl.log2(total), mask=in_group)
+        place = (item * num_kv_heads + kv_head).to(tl.int64) * GROUP + members
+        tl.store(partial_ptr + place[:, None] * head_dim + dims[None, :], out, mask=inside_q)
+        tl.store(weight_ptr + place, highest + tl.log2(total), mask=in_group)
+        tl.debug_barrier()  # every warp's stores come before the count
+        counter = counter_ptr + seq * num_kv_heads + kv_head
+        if tl.atomic_add(counter, 1) == num_parts - 1:
+            tl.store(counter, 0)  # for the next launch
+            group_out = out_ptr + (seq * num_kv_heads + kv_head) * GROUP * head_dim
+            _add_parts(
+                partial_ptr, weight_ptr, group_out, item - part, num_parts, kv_head, num_kv_heads,
+                head_dim, GROUP, GROUP_PAD, DIM,
+            )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["num_splits", "min_part", "window"])
-def combine_kernel(
+@triton.jit
+def _add_parts(
     partial_ptr,
     weight_ptr,
-    position_ptr,
     out_ptr,
-    window,
-    num_splits,
-    min_part,
-    num_heads,
+    first_item,
+    num_parts,
+    kv_head,
+    num_kv_heads,
     head_dim,
-    SPLITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUP_PAD: tl.constexpr,
     DIM: tl.constexpr,
-    BLOCK: tl.constexpr,
-    AT_ONCE: tl.constexpr,
-    PDL: tl.constexpr,
 ):
-    seq = tl.program_id(0).to(tl.int64)
-    head = seq * num_heads + tl.program_id(1)
-    begin(PDL)
-    position = tl.load(position_ptr + seq).to(tl.int32)
-    first, length, stop = part_of(position, window, num_splits, min_part, BLOCK)
-    num_parts = tl.cdiv(stop - first, length)
-    if num_parts == 1:
-        return
+    """Add a sequence's parts up: others wrote them, so they are read past this one's cache.
+
+    NOTE: one after another. Several at once take registers that cost the whole kernel a place on
+    each multiprocessor: 159 us instead of 141 for 128 sequences that are not cut at all.
+    """
+    members = tl.arange(0, GROUP_PAD)
     dims = tl.arange(0, DIM)
-    in_head = dims < head_dim
-    splits = tl.arange(0, SPLITS)
-    weights = tl.load(
-        weight_ptr + head * num_splits + splits, mask=splits < num_parts, other=float("-inf")
-    )
-    highest = tl.max(weights, axis=0)
-    total = tl.sum(tl.exp2(weights - highest), axis=0)
-    out = tl.zeros((DIM,), tl.float32)
-    for at in range(0, num_parts, AT_ONCE):
-        parts = at + tl.arange(0, AT_ONCE)
-        used = parts < num_parts
-        share = tl.load(weight_ptr + head * num_splits + parts, mask=used, other=float("-inf"))
-        partial = tl.load(
-            partial_ptr + (head * num_splits + parts)[:, None] * head_dim + dims[None, :],
-            mask=used[:, None] & in_head[None, :],
-            other=0.0,
-        )
-        out += tl.sum(partial * tl.exp2(share - highest)[:, None], axis=0)
-    tl.store(out_ptr + head * head_dim + dims, out / total, mask=in_head)
+    in_group = members < GROUP
+    inside = in_group[:, None] & (dims < head_dim)[None, :]
+    highest = tl.full((GROUP_PAD,), -1.0e30, tl.float32)
+    total = tl.zeros((GROUP_PAD,), tl.float32)
+    out = tl.zeros((GROUP_PAD, DIM), tl.float32)
+    for part in range(num_parts):
+        row = ((first_item + part) * num_kv_heads + kv_head).to(tl.int64) * GROUP + members
+        weight = tl.load(weight_ptr + row, mask=in_group, other=-1.0e30, cache_modifier=".cg")
+        place = row[:, None] * head_dim + dims[None, :]
+        partial = tl.load(partial_ptr + place, mask=inside, other=0.0, cache_modifier=".cg")
+        new_highest = tl.maximum(highest, weight)
+        shrink, grow = tl.exp2(highest - new_highest), tl.exp2(weight - new_highest)
+        total = total * shrink + grow
+        out = out * shrink[:, None] + partial * grow[:, None]
+        highest = new_highest
+    out = out / total[:, None]
+    tl.store(out_ptr + members[:, None] * head_dim + dims[None, :], out, mask=inside)
 
 
 def paged_decode(
@@ -196,17 +268,21 @@ def paged_decode(
     table_SN: Tensor,
     slots_B: Tensor,
     positions_B: Tensor,
+    cut: Cut,
     out_BHD: Tensor,
+    counters_C: Tensor,
     *,
     page_size: int,
-    split: Split,
     scale: float,
     sliding_window: int | None,
-    block: int = BLOCK_TOKENS,
     num_stages: int = 2,
     num_warps: int = 4,
 ) -> None:
-    """Fill `out_BHD`: row b attends tokens 0 to `positions_B[b]` of slot `slots_B[b]`."""
+    """Fill `out_BHD`: row b attends tokens 0 to `positions_B[b]` of slot `slots_B[b]`.
+
+    `cut` is `cut_sequences`' for these positions and this window. `counters_C` (int32) has at least
+    B * G zeros, and has zeros again when the launch is done.
+    """
     num_seqs, num_heads, head_dim = q_BHD.shape
     num_kv_heads = keys_XGD.shape[1]
     refuse_unless(
@@ -219,65 +295,47 @@ def paged_decode(
         f"q {tuple(q_BHD.shape)} comes with out {tuple(out_BHD.shape)}, {len(slots_B)} slots and "
         f"{len(positions_B)} positions",
     )
-    tensors = (q_BHD, keys_XGD, values_XGD, table_SN, out_BHD)
+    tensors = (q_BHD, keys_XGD, values_XGD, table_SN, *cut, out_BHD, counters_C)
     refuse_unless(all(each.is_contiguous() for each in tensors), "all tensors must be contiguous")
     refuse_unless(
-        split.min_part % block == 0 and 0 < split.num_splits <= MAX_SPLITS,
-        f"{split}: parts must be multiples of {block}, and at most {MAX_SPLITS}",
+        len(counters_C) >= num_seqs * num_kv_heads,
+        f"{len(counters_C)} counters are fewer than {num_seqs} sequences x {num_kv_heads} heads",
     )
-    if num_seqs == 0:
-        return
+    refuse_unless(
+        len(cut.lengths_B) == num_seqs,
+        f"the cut is of {len(cut.lengths_B)} sequences and there are {num_seqs}",
+    )
     pdl = has_pdl(q_BHD)
-    window = 0 if sliding_window is None else sliding_window
     group, dim = num_heads // num_kv_heads, max(16, triton.next_power_of_2(head_dim))
-    parts = (num_seqs, num_heads, split.num_splits) if split.num_splits > 1 else (1, 1, 1)
+    parts = (len(cut.items_I3), num_kv_heads, group)
     partial = torch.empty(*parts, head_dim, dtype=torch.float32, device=q_BHD.device)
     weight = torch.empty(parts, dtype=torch.float32, device=q_BHD.device)
-    _decode_kernel[(num_kv_heads, split.num_splits, num_seqs)](
+    _decode_kernel[(num_kv_heads, len(cut.items_I3))](
         q_BHD,
         keys_XGD,
         values_XGD,
         table_SN,
         slots_B,
         positions_B,
+        cut.items_I3,
+        cut.lengths_B,
         out_BHD,
         partial,
         weight,
+        counters_C,
         scale * LOG2_E,
-        window,
+        0 if sliding_window is None else sliding_window,
         table_SN.shape[1],
-        split.num_splits,
-        split.min_part,
         num_kv_heads,
         head_dim,
         GROUP=group,
         GROUP_PAD=max(16, triton.next_power_of_2(group)),
         PAGE=page_size,
         DIM=dim,
-        BLOCK=block,
+        BLOCK=BLOCK_TOKENS,
         STAGES=num_stages,
         PRECISION="ieee" if q_BHD.dtype == torch.float32 else "tf32",
         PDL=pdl,
         num_warps=num_warps,
-        launch_pdl=pdl,
-    )
-    if split.num_splits == 1:
-        return
-    combine_kernel[(num_seqs, num_heads)](
-        partial,
-        weight,
-        positions_B,
-        out_BHD,
-        window,
-        split.num_splits,
-        split.min_part,
-        num_heads,
-        head_dim,
-        SPLITS=MAX_SPLITS,
-        DIM=dim,
-        BLOCK=block,
-        AT_ONCE=16,
-        PDL=pdl,
-        num_warps=2,
         launch_pdl=pdl,
     )

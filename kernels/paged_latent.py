@@ -31,8 +31,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kernels.launch import begin, has_pdl, refuse_unless
-from kernels.paged_decode import LOG2_E, MAX_SPLITS, Split, combine_kernel, part_of
 from kernels.paged_prefill import cut_chunks
+from kernels.split_kv import LOG2_E, MAX_SPLITS, Split, combine_kernel, part_of
 
 LEAST_PART = 128
 """Tokens that are worth a program."""

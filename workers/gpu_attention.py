@@ -24,16 +24,17 @@ from torch import Tensor
 
 from kernels.index_scores import index_scores
 from kernels.paged_attention import store_kv
-from kernels.paged_decode import Split, choose_split, paged_decode
+from kernels.paged_decode import Cut, cut_sequences, num_shares_of, paged_decode
 from kernels.paged_latent import choose_latent_split, cut_latent_chunks, latent_chunks, latent_rows
 from kernels.paged_prefill import cut_chunks, paged_prefill
 from kernels.rope_store import rope_store
+from kernels.split_kv import Split
 from workers.batch import IndexRows, ProjectionAttention, StepRows, TableChange
 from workers.cache import PagedCache
 
-PROGRAMS_PER_SM = 4
 LATENT_PROGRAMS_PER_SM = 2
-CPU_PROGRAMS = 8
+CPU_SMS = 4
+"""As if a CPU, where the interpreter runs kernels for tests, had so many multiprocessors."""
 SCORES_AT_ONCE = 2**25
 """An indexer's scores that are held at once, where rows are not captured in a graph."""
 
@@ -69,7 +70,10 @@ class DeviceTable:
 class _Decodes(NamedTuple):
     slots_B: Tensor
     positions_B: Tensor
-    split: Split
+    split: Split | None
+    """Of a latent; what has heads of its own is cut on the device."""
+    cuts: dict[int | None, Cut]
+    """By sliding window; found by the first layer that needs them."""
 
 
 class GpuAttention(ProjectionAttention):
@@ -87,11 +91,13 @@ class GpuAttention(ProjectionAttention):
         self._is_latent = rows_or_keys.dim() == 3
         self._has_index = self._is_latent and len(cache.parts) == 2
         self._num_kv_heads = 1 if self._is_latent else rows_or_keys.shape[2]
-        self._num_programs = CPU_PROGRAMS
+        num_sms = CPU_SMS
         if device.type == "cuda":
-            count = torch.cuda.get_device_properties(device).multi_processor_count
-            each = LATENT_PROGRAMS_PER_SM if self._is_latent else PROGRAMS_PER_SM
-            self._num_programs = each * count
+            num_sms = torch.cuda.get_device_properties(device).multi_processor_count
+        self._num_latent_programs = LATENT_PROGRAMS_PER_SM * num_sms
+        self._num_shares = num_shares_of(self._num_kv_heads, num_sms)
+        num_counters = len(table.table_SN) * self._num_kv_heads
+        self._counters_C = torch.zeros(num_counters, dtype=torch.int32, device=device)
         self._places_T = torch.empty(0, dtype=torch.int64, device=device)
         self._slots_T = self._positions_T = self._places_T
         self._longest = 0
@@ -109,7 +115,8 @@ class GpuAttention(ProjectionAttention):
         if count:
             longest = int(rows.positions_T[:count].max()) + 1
             slots_B = upload(rows.decode_slots_B)
-            self._decodes = _Decodes(slots_B, positions_T[:count], self._split(count, longest))
+            split = self._latent_split(count, longest)
+            self._decodes = _Decodes(slots_B, positions_T[:count], split, {})
         if rows.chunks:
             chunks = [(chunk.row, chunk.length, chunk.start, chunk.slot) for chunk in rows.chunks]
             blocks = cut_chunks(chunks)
@@ -129,8 +136,8 @@ class GpuAttention(ProjectionAttention):
         self._slots_T, self._positions_T = slots_B, positions_B
         self._longest = self._max_model_len
         self._blocks_M4 = None
-        split = self._split(len(slots_B), self._max_model_len)
-        self._decodes = _Decodes(slots_B, positions_B, split)
+        split = self._latent_split(len(slots_B), self._max_model_len)
+        self._decodes = _Decodes(slots_B, positions_B, split, {})
 
     def attend(
         self,
@@ -187,7 +194,7 @@ class GpuAttention(ProjectionAttention):
                 self._read_chosen(q_THW, rows_XW, keys[0], index, out_THR, scale)
                 return out_THR
         decodes, page_size = self._decodes, self._cache.page_size
-        if decodes is not None:
+        if decodes is not None and decodes.split is not None:
             count = len(decodes.slots_B)
             latent_rows(
                 q_THW[:count],
@@ -238,7 +245,7 @@ class GpuAttention(ProjectionAttention):
                 num_heads,
                 index.num_chosen,
                 q_THW.dtype,
-                num_programs=self._num_programs,
+                num_programs=self._num_latent_programs,
             )
             latent_rows(
                 q_THW[rows],
@@ -266,9 +273,10 @@ class GpuAttention(ProjectionAttention):
                 self._table.table_SN,
                 decodes.slots_B,
                 decodes.positions_B,
+                self._cut(decodes, window),
                 out_THD[:count],
+                self._counters_C,
                 page_size=self._cache.page_size,
-                split=decodes.split,
                 scale=scale,
                 sliding_window=window,
             )
@@ -286,10 +294,20 @@ class GpuAttention(ProjectionAttention):
             )
         return out_THD
 
-    def _split(self, num_seqs: int, longest: int) -> Split:
-        if self._is_latent:
-            dtype = self._cache.parts[0].dtype
-            return choose_latent_split(
-                num_seqs, self._num_heads, longest, dtype, num_programs=self._num_programs
+    def _cut(self, decodes: _Decodes, window: int | None) -> Cut:
+        if window not in decodes.cuts:
+            decodes.cuts[window] = cut_sequences(
+                decodes.positions_B, self._num_shares, sliding_window=window
             )
-        return choose_split(num_seqs, self._num_kv_heads, longest, num_programs=self._num_programs)
+        return decodes.cuts[window]
+
+    def _latent_split(self, num_seqs: int, longest: int) -> Split | None:
+        if not self._is_latent:
+            return None
+        return choose_latent_split(
+            num_seqs,
+            self._num_heads,
+            longest,
+            self._cache.parts[0].dtype,
+            num_programs=self._num_latent_programs,
+        )

@@ -56,8 +56,12 @@ CPU_CACHE_GB = 1.0
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 GRAPH_BYTES = 8 * 2**20
 """What each graph takes for its nodes."""
-WARM_UP_LENGTHS = (3, 100, 1000, 2000)
-"""Prompts that a GPU reads before it is ready: kernels are compiled for few and for many rows."""
+WARM_UP_LENGTHS = (
+    *(3, 20, 40, 60, 80, 100, 130, 160, 200, 250, 300, 350, 400, 450, 500, 600, 700, 800, 900),
+    *(1000, 1200, 1400, 1700, 2000, 2500, 3000, 3500, 4000, 5000, 6000, 7000, 8000),
+)
+"""Prompts that a GPU reads before it is ready. Kernels are compiled for few and for many rows, and
+cuBLAS loads another kernel for nearly each of these: while one is loaded the GPU stands still."""
 LOGIT_BLOCK_ROWS = 256
 """Rows of a prompt whose logits are held at once, when their log-probabilities are wanted."""
 
@@ -199,7 +203,7 @@ class ModelRunner:
             self._finish(self._run(Body()))
         self._cache.clear([0])
         self._renew(num_pages)
-        for length in WARM_UP_LENGTHS if self._use_kernels else ():
+        for length in WARM_UP_LENGTHS if self._device.type == "cuda" else ():
             self._read_one_prompt(length, num_pages)
         if self.buckets:
             with torch.inference_mode():

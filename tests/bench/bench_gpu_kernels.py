@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional
 
-from kernels.paged_decode import Split, paged_decode
+from kernels.paged_decode import cut_sequences, num_shares_of, paged_decode
 from kernels.paged_prefill import cut_chunks, paged_prefill
 from kernels.rms_norm import add_rms_norm
 from kernels.silu_multiply import silu_multiply
@@ -70,8 +70,10 @@ def show_linear(rate: float) -> None:
         print(f"  {rows} x {num_in} -> {num_out}: " + "  ".join(cells), flush=True)
 
 
-def decode_inputs(num_seqs: int, length: int, heads: int, kv_heads: int, copies: int):
-    pages = -(-length // 16)
+def decode_inputs(
+    num_seqs: int, length: int, heads: int, kv_heads: int, copies: int, *, is_even: bool = True
+):
+    pages = -(-length * (1 if is_even else 2) // 16)
     table = torch.randperm(num_seqs * pages, device=DEVICE).to(torch.int32).view(num_seqs, pages)
     caches = [
         torch.randn(2, num_seqs * pages * 16, kv_heads, 128, dtype=BF16, device=DEVICE)
@@ -80,40 +82,40 @@ def decode_inputs(num_seqs: int, length: int, heads: int, kv_heads: int, copies:
     q = torch.randn(num_seqs, heads, 128, dtype=BF16, device=DEVICE)
     slots = torch.arange(num_seqs, device=DEVICE)
     positions = torch.full((num_seqs,), length - 1, device=DEVICE)
+    if not is_even:
+        positions = torch.linspace(0, 2 * length - 2, num_seqs, device=DEVICE).long()
     return table, caches, q, slots, positions
 
 
 def show_decode(rate: float) -> None:
-    print("decode attention: us (TB/s / copy) by (splits x min part, block, stages, warps)")
-    for num_seqs, length, heads in ((1, 200, 32), (1, 1024, 32), (32, 1100, 32), (32, 4096, 32),
-                                    (128, 1100, 32), (128, 1100, 16), (256, 1000, 16)):  # fmt: skip
-        size = 2 * num_seqs * length * 8 * 128 * 2 / 1e6
-        copies = int(max(2, min(40, 400 // size)))
-        table, caches, q, slots, positions = decode_inputs(num_seqs, length, heads, 8, copies)
-        out = torch.empty_like(q)
-        splits = (
-            [Split(64, 64), Split(16, 128)] if num_seqs <= 32 else [Split(1, 64), Split(8, 256)]
-        )
-        for split, block, stages, warps in itertools.product(splits, (64, 128), (2, 3, 4), (4, 8)):
-            if split.min_part % block:
-                continue
-            try:
+    """Sequences of equal lengths, and of lengths from 1 to twice as much."""
+    print("decode attention: us (TB/s / copy) by (stages, warps)")
+    num_sms = torch.cuda.get_device_properties(DEVICE).multi_processor_count
+    for num_seqs, length, heads in ((1, 300, 32), (1, 1088, 32), (1, 6000, 32), (8, 1088, 32),
+                                    (32, 1088, 32), (48, 1400, 32), (128, 1088, 32),
+                                    (128, 1088, 16), (256, 620, 32), (256, 1000, 16)):  # fmt: skip
+        copies = int(max(2, min(40, 600 // (num_seqs * length * 0.004))))
+        for is_even in (True, False):
+            table, caches, q, slots, positions = decode_inputs(
+                num_seqs, length, heads, 8, copies, is_even=is_even
+            )
+            size = 2 * (int(positions.sum()) + num_seqs) * 8 * 128 * 2 / 1e6
+            out = torch.empty_like(q)
+            counters = torch.zeros(num_seqs * 8, dtype=torch.int32, device=DEVICE)
+            cut = cut_sequences(positions, num_shares_of(8, num_sms), sliding_window=None)
+            cells = []
+            for stages, warps in ((2, 4), (3, 4), (2, 8)):
                 took = micros(
                     lambda i: paged_decode(
-                        q, caches[i][0], caches[i][1], table, slots, positions, out,
-                        page_size=16, split=split, scale=0.1, sliding_window=None,
-                        block=block, num_stages=stages, num_warps=warps,
+                        q, caches[i][0], caches[i][1], table, slots, positions, cut, out,
+                        counters, page_size=16, scale=0.1, sliding_window=None,
+                        num_stages=stages, num_warps=warps,
                     ),
                     copies,
                 )  # fmt: skip
-            except Exception as error:
-                print(f"  {block}/{stages}/{warps}: {type(error).__name__}")
-                continue
-            cell = f"{took:7.1f} ({size / took / rate:.2f})"
-            where = f"{num_seqs} x {length}, {heads}/8 heads"
-            print(
-                f"  {where}: {cell}  {split.num_splits}x{split.min_part} {block} {stages} {warps}"
-            )
+                cells.append(f"{took:7.1f} ({size / took / rate:.2f}) {stages} {warps}")
+            what = "even" if is_even else "uneven"
+            print(f"  {num_seqs} x {length} {what}, {heads}/8 heads: {'; '.join(cells)}")
     print(flush=True)
 
 

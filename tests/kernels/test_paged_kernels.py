@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kernels.paged_attention import paged_attention_reference
-from kernels.paged_decode import Split, choose_split, paged_decode
+from kernels.paged_decode import Cut, cut_sequences, num_shares_of, paged_decode
 from kernels.paged_prefill import cut_chunks, paged_prefill
 
 # NOTE: the interpreter multiplies the bits of bfloat16 as if they were integers.
@@ -29,32 +29,61 @@ def assert_near(actual: torch.Tensor, expected: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("window", [None, 1, 70], ids=str)
-@pytest.mark.parametrize("split", [Split(1, 64), Split(3, 64)], ids=str)
+@pytest.mark.parametrize("num_shares", [1, 4, 50])
 @pytest.mark.parametrize(("num_heads", "num_kv_heads", "dim"), SHAPES)
-def test_decodes_equal_the_reference(num_heads, num_kv_heads, dim, split, window, dtype, device):
+def test_decodes_equal_the_reference(
+    num_heads, num_kv_heads, dim, num_shares, window, dtype, device
+):
     keys, values, table = cache_of(num_kv_heads, dim, dtype, device)
     generator = torch.Generator().manual_seed(1)
-    q = torch.randn(3, num_heads, dim, generator=generator).to(device, dtype)
-    slots, kv_lens = [2, 0, 3], [1, 64, 150]
+    slots, kv_lens = [2, 0, 3, 1], [1, 64, 150, 65]
+    q = torch.randn(len(slots), num_heads, dim, generator=generator).to(device, dtype)
     out = torch.full_like(q, float("nan"))
-    paged_decode(
-        q,
-        keys.flatten(0, 1),
-        values.flatten(0, 1),
-        table,
-        torch.tensor(slots, device=device),
-        torch.tensor(kv_lens, device=device) - 1,
-        out,
-        page_size=16,
-        split=split,
-        scale=0.3,
-        sliding_window=window,
-    )
+    counters = torch.zeros(len(slots) * num_kv_heads, dtype=torch.int32, device=device)
+    positions = torch.tensor(kv_lens, device=device) - 1
+    for _ in range(2):  # the counters are as they were
+        paged_decode(
+            q,
+            keys.flatten(0, 1),
+            values.flatten(0, 1),
+            table,
+            torch.tensor(slots, device=device),
+            positions,
+            cut_sequences(positions, num_shares, sliding_window=window),
+            out,
+            counters,
+            page_size=16,
+            scale=0.3,
+            sliding_window=window,
+        )
+    assert not counters.any()
     expected = paged_attention_reference(
-        q, keys, values, [table[slot].tolist() for slot in slots], query_lens=[1, 1, 1],
+        q, keys, values, [table[slot].tolist() for slot in slots], query_lens=[1] * len(slots),
         kv_lens=kv_lens, scale=0.3, sliding_window=window,
     )  # fmt: skip
     assert_near(out, expected)
+
+
+@pytest.mark.parametrize("num_seqs", [1, 3, 128, 300])
+@pytest.mark.parametrize("num_shares", [1, 5, 49])
+@pytest.mark.parametrize("window", [None, 100], ids=str)
+def test_no_part_is_longer_than_a_fair_share_and_no_block_is_left_out(
+    num_seqs, num_shares, window, device
+):
+    generator = torch.Generator().manual_seed(num_seqs)
+    positions = torch.randint(0, 700, (num_seqs,), generator=generator)
+    blocks = [-(-min(int(p) + 1, window or 10**9) // 64) for p in positions]
+    fair = -(-sum(blocks) // num_shares)
+    cut = cut_sequences(positions.to(device), num_shares, sliding_window=window)
+    lengths, items = cut.lengths_B.tolist(), cut.items_I3.tolist()
+    expected = []
+    for seq, (count, length) in enumerate(zip(blocks, lengths, strict=True)):
+        num_parts = -(-count // length)
+        assert num_parts == -(-count // fair)  # no more parts than needed, of equal lengths
+        assert length <= fair
+        expected += [[seq, part, num_parts] for part in range(num_parts)]
+    assert items[: len(expected)] == expected
+    assert not any(num_parts for _, _, num_parts in items[len(expected) :])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -85,10 +114,9 @@ def test_chunks_equal_the_reference(num_heads, num_kv_heads, dim, window, dtype,
     assert (out[0] == 7.0).all()
 
 
-def test_a_split_fills_the_gpu_and_no_more():
-    assert choose_split(1, 8, 64, num_programs=1000).num_splits == 1
-    assert choose_split(1, 8, 8192, num_programs=1000).num_splits * 8 >= 1000
-    assert choose_split(512, 8, 8192, num_programs=1000).num_splits == 8
+def test_all_heads_together_have_some_shares_for_each_multiprocessor():
+    assert num_shares_of(8, 132) * 8 <= 132 * 6 < (num_shares_of(8, 132) + 1) * 8
+    assert num_shares_of(128, 1) == 1
 
 
 def test_what_does_not_belong_together_is_refused(device):
@@ -98,6 +126,6 @@ def test_what_does_not_belong_together_is_refused(device):
     one = torch.zeros(1, dtype=torch.int64, device=device)
     with pytest.raises(ValueError, match="3 heads cannot share"):
         paged_decode(
-            q, cache, cache, table, one, one, q, page_size=16, split=Split(1, 64), scale=1.0,
-            sliding_window=None,
+            q, cache, cache, table, one, one, Cut(table, table[0]), q, table[0], page_size=16,
+            scale=1.0, sliding_window=None,
         )  # fmt: skip

@@ -6,13 +6,13 @@ import torch
 from kernels.index_scores import index_scores
 from kernels.latent_attention import causal, chosen, latent_attention
 from kernels.latent_attention import index_scores as index_scores_reference
-from kernels.paged_decode import Split
 from kernels.paged_latent import (
     choose_latent_split,
     cut_latent_chunks,
     latent_chunks,
     latent_rows,
 )
+from kernels.split_kv import Split
 
 DTYPES = [torch.float32, torch.bfloat16 if torch.cuda.is_available() else torch.float16]
 PAGE, NUM_PAGES = 16, 40
