@@ -262,3 +262,27 @@ def test_a_rank_that_captured_other_collectives_is_named_before_anything_is_repl
     other = [*fine[:3], shared + b"q" * 16]
     with pytest.raises(GangFailed, match=r"ranks \[3\] captured other collectives .* \[2\]: n"):
         bring_up(config, captured=other)
+
+
+@pytest.mark.parametrize("stopped", [None, 0, 1])
+def test_who_waits_for_a_silent_rank_is_not_accused_of_a_deadlock(stopped):
+    """Two ranks say that they wait in different collectives; one is stopped then."""
+    one, _ = bring_up()
+    add(one)
+    one.pump(1.0)
+    waits = [(2, "all_gather", "tp"), (1, "all_reduce", "tp"), (0, "", ""), (0, "", "")]
+
+    def beat_until(end):
+        for tick in range(4, round(end * 4) + 1):
+            for rank, wait in enumerate(waits):
+                if rank != stopped or tick == 4:
+                    one.on_message(rank, Beat(1, rank, 0, *wait), tick / 4)
+            one.check(tick / 4)
+
+    with pytest.raises(GangFailed) as failed:
+        beat_until(6.0)
+    if stopped is None:
+        assert "left out a collective" in str(failed.value)
+    else:
+        assert failed.value.rank == stopped
+        assert "have not been heard" in str(failed.value)
