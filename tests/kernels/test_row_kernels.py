@@ -6,6 +6,7 @@ import torch
 from kernels.decode_rows import Rows, close_rows, likeliest, likeliest_reference, open_rows
 from kernels.narrow_linear import Tiles, narrow_linear, narrow_linear_reference
 from kernels.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
+from kernels.rope_rows import rope_rows, rope_rows_reference
 from kernels.rope_store import rope_store, rope_store_reference
 from kernels.silu_multiply import silu_multiply, silu_multiply_reference
 from kernels.skinny_linear import skinny_linear, skinny_linear_reference
@@ -72,6 +73,35 @@ def test_rope_and_store_equal_their_reference(
     expected = rope_store_reference(qkv, norm, rotation, places, theirs[0], theirs[1], eps=1e-6)
     assert_near(q, expected)
     assert_near(mine, theirs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("with_norm", [True, False])
+@pytest.mark.parametrize(
+    ("num_rows", "num_heads", "num_rotated", "dim"),
+    [(1, 1, 1, 2), (3, 4, 2, 16), (2, 20, 10, 12), (2, 9, 9, 6), (0, 2, 1, 4)],
+)
+def test_heads_are_rotated_or_copied_as_in_the_reference(
+    num_rows, num_heads, num_rotated, dim, with_norm, dtype, device
+):
+    options = {"dtype": dtype, "device": device}
+    x = numbers(num_rows, num_heads, dim, **options)
+    norm = numbers(num_rotated, dim, seed=1, **options) if with_norm else None
+    angle = torch.rand(num_rows, dim // 2)
+    rotation = torch.stack((angle.cos(), -angle.sin(), angle.sin()), 1).to(device, dtype)
+    mine, theirs = torch.zeros_like(x), torch.zeros_like(x)
+    options = {"num_rotated": num_rotated, "eps": 1e-6}
+    rope_rows(x, norm, rotation, mine, **options)
+    rope_rows_reference(x, norm, rotation, theirs, **options)
+    assert_near(mine, theirs)
+    assert torch.equal(mine[:, num_rotated:], x[:, num_rotated:])
+
+
+def test_more_heads_than_there_are_cannot_be_rotated(device):
+    x = torch.zeros(1, 2, 4, device=device)
+    rotation = torch.zeros(1, 3, 2, device=device)
+    with pytest.raises(ValueError, match="3 heads of"):
+        rope_rows(x, None, rotation, torch.zeros_like(x), num_rotated=3, eps=0.0)
 
 
 def test_the_rotation_of_the_docstring(device):

@@ -7,7 +7,8 @@ from parallel.thread_world import run_thread_world
 
 CPU = "cpu"
 ROLES = (
-    "embedded", "reduced", "gather_in", "scatter_in", "scattered", "local_dp", "global_dp"
+    "embedded", "reduced", "gather_in", "scatter_in", "scattered", "local_dp", "global_dp", "cp_in",
+    "cp_kv",
 )  # fmt: skip
 DP_ATTENTION = Layout(tp_size=4, dp_size=2, enable_dp_attention=True)
 """Four ranks: tp 0-3, attn_tp 0 1 and 2 3, attn_dp 0 2 and 1 3."""

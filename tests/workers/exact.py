@@ -7,7 +7,7 @@ sees a part of a sum, or another row, gives something else.
 
 import hashlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import NamedTuple
@@ -20,7 +20,7 @@ from parallel.dp_attention import RowCounts
 from parallel.groups import Groups, single_rank_groups
 from parallel.plan import PlanSettings
 from tests.workers.layers.tiny import CONFIG
-from workers.batch import ForwardBatch
+from workers.batch import Attention, ForwardBatch
 from workers.context import StepPart
 from workers.layers import fast, moe, norm, rotary
 from workers.layers.dispatch import Routing
@@ -122,32 +122,46 @@ class SteppedRotation:
 class LinearAttention:
     """Sums what came before, weighted by whole numbers; sequences lie one after another."""
 
-    def __init__(self, lengths: Sequence[int], rows: Tensor | None = None) -> None:
-        """`rows` are those that attend here, where it is not all of them."""
+    def __init__(self, lengths: Sequence[int]) -> None:
         self._lengths = list(lengths)
-        self._rows = torch.arange(sum(lengths)) if rows is None else rows
 
-    def attend(self, layer, q_THD, k_UGD, v_UGD, *, scale, sliding_window):
-        repeat = q_THD.shape[1] // k_UGD.shape[1]
-        k_UHD, v_UHD = k_UGD.repeat_interleave(repeat, 1), v_UGD.repeat_interleave(repeat, 1)
-        all_UHD = torch.full_like(k_UHD, torch.nan)
-        all_UHD[self._rows] = q_THD
+    def attend(self, layer, q_THD, k_TGD, v_TGD, *, scale, sliding_window):
+        repeat = q_THD.shape[1] // k_TGD.shape[1]
+        k_THD, v_THD = k_TGD.repeat_interleave(repeat, 1), v_TGD.repeat_interleave(repeat, 1)
         outs = []
-        parts = zip(*(x.split(self._lengths) for x in (all_UHD, k_UHD, v_UHD)), strict=True)
+        parts = zip(*(x.split(self._lengths) for x in (q_THD, k_THD, v_THD)), strict=True)
         for q, k, v in parts:
             score_HTS = torch.remainder(torch.einsum("thd,shd->hts", q, k), 3.0).tril()
             outs.append(torch.remainder(torch.einsum("hts,shd->thd", score_HTS, v), 11.0) - 5.0)
-        return torch.cat(outs)[self._rows]
+        return torch.cat(outs)
 
-    def attend_latent(self, layer, q_THW, row_UW, *, num_values, scale, index):
-        all_UHW = q_THW.new_full((len(row_UW), *q_THW.shape[1:]), torch.nan)
-        all_UHW[self._rows] = q_THW
+    def attend_latent(self, layer, q_THW, row_TW, *, num_values, scale, index):
         outs = []
-        for q, row in zip(*(x.split(self._lengths) for x in (all_UHW, row_UW)), strict=True):
+        for q, row in zip(*(x.split(self._lengths) for x in (q_THW, row_TW)), strict=True):
             score_HTS = torch.remainder(torch.einsum("thw,sw->hts", q, row), 3.0).tril()
             out = torch.einsum("hts,sr->thr", score_HTS, row[:, :num_values])
             outs.append(torch.remainder(out, 11.0) - 5.0)
-        return torch.cat(outs)[self._rows]
+        return torch.cat(outs)
+
+
+class OnRows:
+    """An attention over whole sequences, where some of the rows ask and all have keys."""
+
+    def __init__(self, whole: Attention, rows: Tensor) -> None:
+        self._whole, self._rows = whole, rows
+
+    def attend(self, layer, q_THD, k_UGD, v_UGD, **options):
+        q_UHD = self._spread(q_THD, len(k_UGD))
+        return self._whole.attend(layer, q_UHD, k_UGD, v_UGD, **options)[self._rows]
+
+    def attend_latent(self, layer, q_THW, row_UW, **options):
+        q_UHW = self._spread(q_THW, len(row_UW))
+        return self._whole.attend_latent(layer, q_UHW, row_UW, **options)[self._rows]
+
+    def _spread(self, q_T: Tensor, num_rows: int) -> Tensor:
+        spread = q_T.new_full((num_rows, *q_T.shape[1:]), torch.nan)
+        spread[self._rows] = q_T
+        return spread
 
 
 def install(patch) -> None:
@@ -216,13 +230,18 @@ class Part(NamedTuple):
 
 
 def part_of(
-    sequences: Sequence[Sequence[int]], counts: RowCounts, groups: Groups, pad_id: int = 0
+    sequences: Sequence[Sequence[int]],
+    counts: RowCounts,
+    groups: Groups,
+    pad_id: int = 0,
+    attention: Callable[[list[int]], Attention] = LinearAttention,
 ) -> Part:
     """What the runner makes of whole prompts: this rank's rows of them. Sequences of one token
     count as decodes, which come first."""
     num_parts, padded = groups.attn_cp.size, counts.padded[groups.attn_dp.rank]
     if num_parts == 1:
-        return Part(batch_of(sequences, counts, padded, pad_id), None)
+        alone = batch_of(sequences, counts, padded, pad_id)
+        return Part(replace(alone, attention=attention([len(each) for each in sequences])), None)
     lengths = [len(sequence) for sequence in sequences]
     num_decodes = len(list(itertools.takewhile(lambda length: length == 1, lengths)))
     cut = cut_rows(num_decodes, lengths[num_decodes:], num_parts)
@@ -234,7 +253,7 @@ def part_of(
         whole,
         input_ids_T=torch.cat([whole.input_ids_T[here], pads]),
         positions_T=whole.positions_T[here],
-        attention=LinearAttention(lengths, here),
+        attention=OnRows(attention(lengths), here),
         context=part.gather,
     )
     return Part(batch, part)

@@ -1,19 +1,24 @@
 """Runners that are parts of one replica: they say what one rank says, and store what it stores."""
 
+import threading
+from dataclasses import replace
 from random import Random
 
 import pytest
 import torch
 
+from parallel.dp_attention import RowCounts
 from parallel.groups import single_rank_groups
 from parallel.layout import Layout
 from parallel.padding import align_rows
 from parallel.thread_world import run_thread_world
 from tests.workers import test_dp_runner as replicas
+from tests.workers.exact import CONFIGS, build, install, part_of, sequences_of
 from tests.workers.random_driver import RandomDriver
 from tests.workers.test_runner import ChecksumModel, some_requests
 from workers.batch import ForwardBatch
 from workers.config import EngineConfig
+from workers.layers import fast, linear
 from workers.runner import ModelRunner
 
 pytestmark = [pytest.mark.row("S6"), pytest.mark.row("S7")]
@@ -126,3 +131,54 @@ def test_replicas_in_parts_say_what_each_says_alone(tp, cp):
         replicas.assert_same(results[first : first + 3], replicas.alone(tokens, 3))
         same = [result.ledger for result in ranks[layout.replica_ranks(0, replica)[0]]]
         assert [result.ledger for result in results] == same
+
+
+class Recorder:
+    """A transport that writes down when a gather begins and when it is waited for."""
+
+    def __init__(self, inner, events: list[str]) -> None:
+        self._inner, self._events = inner, events
+
+    def __getattr__(self, name: str):
+        return getattr(self._inner, name)
+
+    def start_all_gather(self, out, x):
+        self._events.append("begin")
+        finish = self._inner.start_all_gather(out, x)
+
+        def wait() -> None:
+            self._events.append("wait")
+            finish()
+
+        return wait
+
+
+@pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[2]], ids=["keys and values", "latents"])
+def test_queries_are_computed_while_the_rest_comes(config, monkeypatch):
+    install(monkeypatch)
+    layout = Layout(tp_size=2, attn_cp_size=2)
+    counts = RowCounts((5,), (6,), (5,))
+    events: dict[int, list[str]] = {0: [], 1: []}
+    ranks = threading.local()
+
+    def product(x, weight, bias=None, *, out=None):
+        events[ranks.rank].append("product")
+        return fast.linear(x, weight, bias, out=out)
+
+    monkeypatch.setattr(linear, "linear", product)
+
+    def body(rank, groups):
+        ranks.rank = rank
+        recorder = Recorder(groups.attn_cp.transport, events[rank])
+        recorded = replace(groups, attn_cp=replace(groups.attn_cp, transport=recorder))
+        model = build(config, recorded)
+        here = part_of(sequences_of(0, (5,)), counts, recorded)
+        model.forward(here.batch)
+        return groups.ledger.take()
+
+    with torch.inference_mode():
+        run_thread_world(layout, body)
+    for seen in events.values():
+        spans = [one for one in " ".join(seen).split("begin")[1:] if "wait" in one]
+        assert len(spans) == config.num_layers
+        assert all("product" in span.partition("wait")[0] for span in spans)

@@ -14,7 +14,7 @@ from parallel.layout import Layout
 from parallel.padding import pad_rows
 from parallel.plan import PlanError, PlanSettings, Rows, compile_plan
 from parallel.thread_world import run_thread_world
-from tests.workers.exact import sparse_config
+from tests.workers.exact import part_of, sparse_config
 from tests.workers.layers.tiny import CONFIG, latent_of
 from tests.workers.reference import DenseAttention
 from workers.architectures import ARCHITECTURES, layers_of
@@ -91,9 +91,15 @@ COMBINATIONS = [
         Layout(tp_size=4, dp_size=2, enable_dp_attention=True, ep_size=4, moe_dense_tp_size=1),
         PlanSettings(True, "torch", True),
     ),
+    (Layout(tp_size=4, attn_cp_size=4, ep_size=2), PlanSettings()),
+    (
+        Layout(tp_size=8, dp_size=2, enable_dp_attention=True, attn_cp_size=2, ep_size=8),
+        PlanSettings(False, "torch"),
+    ),
 ]
 
 
+@pytest.mark.row("S7")
 @pytest.mark.row("S10")
 @pytest.mark.row("S11")
 @pytest.mark.parametrize(("layout", "settings"), COMBINATIONS)
@@ -107,9 +113,11 @@ def test_what_padding_holds_reaches_no_live_row(layout, settings):
         for counts in steps:
             logits = {}
             for kind, model in models.items():
-                count, num_rows = counts.num_real[replica], counts.padded[replica]
-                hidden = model.forward(batch(replica, counts, count, num_rows))
-                logits[kind] = model.logits(hidden[:count], counts.num_logit_rows)
+                count = counts.num_real[replica]
+                ids = tokens_of(replica, count)
+                here = part_of([ids], counts, groups, PAD_ID, DenseAttention)
+                hidden = here.all_rows(model.forward(here.batch), count)
+                logits[kind] = model.logits(hidden, counts.num_logit_rows)
             for kind in PADS:
                 assert torch.equal(logits[kind], logits["zero"]), (kind, counts)
             if counts.num_real[replica]:
