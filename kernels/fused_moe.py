@@ -230,6 +230,7 @@ def fused_moe(
     first: int,
     num_real: int,
     tiles: Tiles | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """The sum of each row's experts, weighted; (T, D). `gate_up_END` has gates above ups."""
     num_rows, hidden = x_TD.shape
@@ -247,7 +248,11 @@ def fused_moe(
     refuse_unless(num_real <= len(gate_up_END), f"{num_real} experts of {len(gate_up_END)}")
     tensors = (x_TD, weight_TK, expert_TK, gate_up_END, down_EDI)
     refuse_unless(all(each.is_contiguous() for each in tensors), "all tensors must be contiguous")
-    out_TD = torch.empty_like(x_TD)
+    out_TD = torch.empty_like(x_TD) if out is None else out
+    refuse_unless(
+        out_TD.shape == x_TD.shape and out_TD.dtype == x_TD.dtype and out_TD.is_contiguous(),
+        f"out {tuple(out_TD.shape)} must be contiguous and like x {tuple(x_TD.shape)}",
+    )
     if num_rows == 0 or num_real == 0:
         return out_TD.zero_()
     num_choices = num_rows * num_chosen

@@ -236,14 +236,6 @@ class Place(NamedTuple):
     offset: int
 
 
-PrefersOrdinary = Callable[[int, int], bool]
-"""(ranks, bytes) -> whether an all-reduce of so much is quicker from ordinary memory."""
-
-
-def never(num_ranks: int, num_bytes: int) -> bool:
-    return False
-
-
 class Arena:
     """One rank's symmetric memory. Closed until `open`, final after `seal`."""
 
@@ -253,7 +245,6 @@ class Arena:
         self.is_strict = False
         self.rows_are_even = True
         """Whether all replicas have the same rows in this step, padding included."""
-        self.prefers_ordinary: PrefersOrdinary = never
         self.plan = ArenaPlan(())
         self.num_registrations = 0
         self.place = place
@@ -275,7 +266,6 @@ class Arena:
         *,
         is_strict: bool,
         time_limit_s: float = 60.0,
-        prefers_ordinary: PrefersOrdinary = never,
     ) -> None:
         """Allocate and register; collective over every group, in the order of `GROUP_NAMES`."""
         self._refuse_if_too_late("allocated")
@@ -295,7 +285,7 @@ class Arena:
                 device,
             )
         self._index(plan, groups)
-        self.is_open, self.is_strict, self.prefers_ordinary = True, is_strict, prefers_ordinary
+        self.is_open, self.is_strict = True, is_strict
 
     def seal(self) -> None:
         """Ready: from here on nothing is allocated or registered."""

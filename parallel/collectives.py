@@ -50,13 +50,40 @@ def _enter(op: Op, group: Group, send: Tensor, receive: Tensor, note: str = "") 
 
 
 def all_reduce(x: Tensor, group: Group) -> Tensor:
-    """Sum `x` over `group`, in place, and return it."""
+    """Sum `x` over `group`, and return the sum: `x` itself, or memory that holds for a step."""
     if group.size == 1:
         return x
+    path = group.sums.peer_path(x)
+    if path is not None and group.sums.peers is not None:
+        _record_peer_sum(group, x, path)
+        return group.sums.peers.reduce(path, x)
     transport = _enter("all_reduce", group, x, x)
     transport.all_reduce(x)
     group.ledger.inside = 0
     return x
+
+
+def all_reduce_add_norm(
+    x_TD: Tensor,
+    residual_TD: Tensor,
+    weight_D: Tensor,
+    eps: float,
+    group: Group,
+    *,
+    out: Tensor | None = None,
+) -> Tensor | None:
+    """Add the sum of `x` over `group` to the residual stream, in place, and normalise, all in one.
+
+    None, and nothing is done, where one kernel for it is not the quickest way: the caller sums.
+    """
+    if group.size == 1 or group.sums.peers is None or group.sums.peer_path(x_TD) != "push":
+        return None
+    _record_peer_sum(group, x_TD, "push")
+    return group.sums.peers.reduce_rms_norm(x_TD, residual_TD, weight_D, eps, out)
+
+
+def _record_peer_sum(group: Group, x: Tensor, path: str) -> None:
+    group.ledger.record(Call("all_reduce", group.name, x.shape, group.is_shared, "chosen", path))
 
 
 def all_gather_rows(

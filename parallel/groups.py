@@ -22,6 +22,7 @@ from torch import Tensor
 
 from parallel.arena import Arena, Block
 from parallel.layout import GROUP_NAMES, GroupName, Layout
+from parallel.sums import Sums
 
 
 class Transport(Protocol):
@@ -206,6 +207,8 @@ class Group:
     """It reaches over NVLink domains, where symmetric kernels do not."""
     is_shared: bool = False
     """It reaches over attention replicas, whose rows may differ."""
+    sums: Sums = field(default_factory=Sums)
+    """How its members sum, the same for all groups with these members."""
 
     @property
     def size(self) -> int:
@@ -253,6 +256,7 @@ def build_groups(
             if members not in transports:
                 transports[members] = connect(members)
     ledger, arena = Ledger(), arena or Arena()
+    sums: dict[tuple[int, ...], Sums] = {}
 
     def group(name: GroupName) -> Group:
         members = layout.members(name, rank)
@@ -265,6 +269,7 @@ def build_groups(
             arena,
             spans_nodes=layout.spans_nodes(members),
             is_shared=not replica.issuperset(members),
+            sums=sums.setdefault(members, Sums()),
         )
 
     return Groups(**{name: group(name) for name in GROUP_NAMES}, ledger=ledger, arena=arena)

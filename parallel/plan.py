@@ -209,6 +209,14 @@ class Plan:
             return num_parts  # the block pads inside its own collectives
         return num_parts * (self.layout.attn_tp_size if self.is_scattered else 1)
 
+    def sum_op(self, group: GroupName | None) -> Op:
+        """How the sum of products split over `group` is taken; both ways count as reduce-scatter,
+        which is the choosier of its memory."""
+        ops = {boundary.collect.op for boundary in self.boundaries if boundary.owed == group}
+        if self.attention.rows is Rows.SCATTERED and group == self.attention.group:
+            ops.add("reduce_scatter")
+        return "reduce_scatter" if "reduce_scatter" in ops else "all_reduce"
+
     @property
     def crosses_replicas(self) -> bool:
         """Whether ranks of different attention replicas meet in any collective of a step."""

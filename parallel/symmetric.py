@@ -6,7 +6,8 @@ when it is called, per collective and group:
 
     symmetric   every side that NCCL wants lies in a slot declared for this very communicator
     chosen      another path is right here: the group spans NVLink domains, the replicas' rows are
-                uneven, op or type have no symmetric kernel, or it is measured to be slower
+                uneven, op or type have no symmetric kernel, or another way is measured to be
+                quicker (`parallel.sums`)
     fallback    none of that: a bug. `symm_mem_strict` raises, otherwise it is counted
 
     with DP attention, per layer       memory                     group of its collective
@@ -80,12 +81,11 @@ class SlotMemory(NamedTuple):
 
     def empty(self, shape: Sequence[int], like: Tensor) -> Tensor:
         """A tensor of `like`'s type there; ordinary if that is quicker at this size."""
-        arena = self.group.arena
         if self.op == "all_reduce":
             num_bytes = _count(shape) * like.itemsize
-            if arena.prefers_ordinary(self.group.size, num_bytes):
+            if self.group.sums.prefers_ordinary(num_bytes):
                 return like.new_empty(shape)
-        slot = arena.take(self.role, self.group, shape, like.dtype)
+        slot = self.group.arena.take(self.role, self.group, shape, like.dtype)
         return like.new_empty(shape) if slot is None else slot
 
 
@@ -102,18 +102,32 @@ def use_symmetric_memory(
 
 
 def place_in_slot(
-    group: Group, shape: Sequence[int], like: Tensor, *, role: Role = "reduced"
+    group: Group,
+    shape: Sequence[int],
+    like: Tensor,
+    *,
+    role: Role = "reduced",
+    op: Op = "all_reduce",
 ) -> Tensor | None:
-    """Where to write what is then summed over `group`; None where ordinary memory will do."""
-    if not group.arena.is_open or group.size == 1:
+    """Where to write what is then summed over `group`; None where ordinary memory will do.
+
+    `op` is how it will be summed: a reduce-scatter reads the arena's slot whatever the size.
+    """
+    if group.size == 1:
         return None
-    memory = use_symmetric_memory(group, role, disabled=not is_allocation_symmetric(group))
+    if op == "all_reduce" and role == "reduced" and group.sums.table is not None:
+        staged = group.sums.place(shape, _count(shape) * like.itemsize, like)
+        if staged is not None:
+            return staged
+    if not group.arena.is_open:
+        return None
+    memory = use_symmetric_memory(group, role, op=op, disabled=not is_allocation_symmetric(group))
     return None if memory is None else memory.empty(shape, like)
 
 
 def moved_to_slot(x: Tensor, group: Group, *, role: Role) -> Tensor:
     """`x`, copied to the slot if it lies elsewhere: for producers that cannot write there."""
-    if not group.arena.is_open or group.size == 1 or group.arena.find(x) is not None:
+    if group.size == 1 or (group.arena.is_open and group.arena.find(x) is not None):
         return x
     place = place_in_slot(group, x.shape, x, role=role)
     return x if place is None else place.copy_(x)
@@ -199,7 +213,7 @@ def _excuse(op: Op, group: Group, send: Tensor) -> str:
     """Why memory outside the arena is right for this collective, if it is."""
     if not is_allocation_symmetric(group):
         return "uneven_rows"
-    if op == "all_reduce" and group.arena.prefers_ordinary(group.size, send.nbytes):
+    if op == "all_reduce" and group.sums.prefers_ordinary(send.nbytes):
         return "measured"
     return ""
 

@@ -80,6 +80,13 @@ MUTATIONS: tuple[Mutation, ...] = (
         "    return True\n",
     ),
     Mutation(
+        "S2",
+        "a way to sum is taken that is wrong on one rank",
+        "parallel/sums.py",
+        "        path: tuple(max(figures) for figures in zip(",
+        "        path: tuple(min(figures) for figures in zip(",
+    ),
+    Mutation(
         "S4",
         "the rows of all replicas are asked for of another group",
         "parallel/dp_attention.py",
@@ -210,8 +217,8 @@ MUTATIONS: tuple[Mutation, ...] = (
         "S8",
         "rows are rounded up although attention gathers them itself",
         "parallel/plan.py",
-        "            return 1  # the block pads inside its own collectives\n",
-        "            return self.layout.attn_tp_size\n",
+        "            return num_parts  # the block pads inside its own collectives\n",
+        "            return num_parts * self.layout.attn_tp_size\n",
     ),
     Mutation(
         "S8",

@@ -43,6 +43,7 @@ from parallel.groups import (
     connect_torch,
 )
 from parallel.layout import GROUP_NAMES, Layout
+from parallel.sums import SumTable
 from parallel.symmetric import nccl_version, use_symmetric_memory
 
 SYMMETRIC_KERNEL = "ncclSymkDevKernel_"
@@ -120,6 +121,7 @@ def run_rank(layout: Layout, rank: int, store_path: str, device_name: str) -> di
             if twin is not None:
                 cases.append(run_twin(groups.tp, twin, sizes))
         rules = broken_rules(groups, device)
+        sums = ways_to_sum(groups, sizes)
     finally:
         dist.destroy_process_group()
     add_kernels(cases, trace)
@@ -128,8 +130,27 @@ def run_rank(layout: Layout, rank: int, store_path: str, device_name: str) -> di
         "open_s": round(open_s, 3),
         "cases": [asdict(case) for case in cases],
         "rules": rules,
+        "sums": sums,
         "trace": trace,
     }
+
+
+def ways_to_sum(groups: Groups, sizes: Sizes) -> list[str]:
+    """The table of every communicator, as an engine measures it at start; none on a CPU."""
+    lines: list[str] = []
+    if sizes.device.type != "cuda":
+        return lines
+    from parallel.peer_memory import open_sums
+
+    every = [group for group in groups.by_name().values() if group.size > 1]
+    open_sums(every, sizes.device, sizes.width, sizes.dtype, lines.append)
+    tables: list[SumTable] = []
+    for group in every:
+        table = group.sums.table
+        if table is not None and all(table is not one for one in tables):
+            tables.append(table)
+            lines += [f"{group.name} {group.members}, microseconds in a graph:", *table.lines()]
+    return lines
 
 
 def twin_of(group: Group) -> Group | None:
@@ -392,6 +413,7 @@ def check(layout: Layout, device: str) -> dict[str, Any]:
         "nccl": version if device == "cuda" else "",
         "open_s": max((result["open_s"] for result in results), default=0.0),
         "bad": bad,
+        "sums": results[0]["sums"] if results else [],
         "cases": results[0]["cases"] if results else [],
         "trace": results[0]["trace"] if results else [],
     }
@@ -414,6 +436,7 @@ def show(result: dict[str, Any]) -> str:
     reported = sum(case["path"] == "fallback" for case in twins)
     lines.append(f"{len(usual)} collectives, {fallbacks} fallbacks")
     lines.append(f"{reported} of {len(twins)} collectives over an unregistered twin reported")
+    lines += result.get("sums", [])
     lines += [f"NOT GOOD: {each}" for each in result["bad"]]
     return "\n".join(lines)
 

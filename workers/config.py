@@ -69,6 +69,8 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """Most that each rank may set aside for that, in GiB, out of its share of the GPU's memory."""
     symm_mem_strict: bool = False
     """End the step, instead of counting it, when a collective's memory is not symmetric."""
+    all_reduce: Literal["auto", "nccl"] = "auto"
+    """How GPUs sum rows: auto measures all ways at start and takes the quickest, nccl NCCL's."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of weights and activations; auto is the checkpoint's on a GPU and float32 on a CPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -80,8 +80,15 @@ class GpuAttention(ProjectionAttention):
     """Made once; one of the two `prepare`s is called before each forward."""
 
     def __init__(
-        self, cache: PagedCache, table: DeviceTable, max_model_len: int, *, num_heads: int
+        self,
+        cache: PagedCache,
+        table: DeviceTable,
+        max_model_len: int,
+        *,
+        num_heads: int,
+        max_decodes: int,
     ) -> None:
+        """`max_decodes` are the rows of the largest step of decodes, padding included."""
         self._cache = cache
         self._table = table
         self._max_model_len = max_model_len
@@ -96,7 +103,7 @@ class GpuAttention(ProjectionAttention):
             num_sms = torch.cuda.get_device_properties(device).multi_processor_count
         self._num_latent_programs = LATENT_PROGRAMS_PER_SM * num_sms
         self._num_shares = num_shares_of(self._num_kv_heads, num_sms)
-        num_counters = len(table.table_SN) * self._num_kv_heads
+        num_counters = max_decodes * self._num_kv_heads
         self._counters_C = torch.zeros(num_counters, dtype=torch.int32, device=device)
         self._places_T = torch.empty(0, dtype=torch.int64, device=device)
         self._slots_T = self._positions_T = self._places_T

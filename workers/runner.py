@@ -45,7 +45,7 @@ from workers.protocol import (
     unpack,
 )
 from workers.sampling import Allowed, PendingLogprobs, Sampler, token_logprobs
-from workers.symmetric import open_arena
+from workers.symmetric import open_arena, open_sums_of
 from workers.weights import dummy_weights, load_weights
 
 if TYPE_CHECKING:
@@ -140,6 +140,7 @@ def load_model(
         name = "float32" if device.type == "cpu" else model_config.dtype
     if config.enable_symm_mem:
         open_arena(config, model_config, plan_of(config), groups, device, DTYPES[name])
+    open_sums_of(config, model_config, plan_of(config), groups, device, DTYPES[name])
     model = build_model(model_config, groups, device, DTYPES[name], config.plan_settings)
     if config.load_format == "dummy":
         dummy_weights(model, config.seed)
@@ -520,7 +521,11 @@ class ModelRunner:
         num_slots, num_columns = self._state.page_table_SN.shape
         self._table = DeviceTable(num_slots, num_columns, num_pages, self._device)
         self._attention = GpuAttention(
-            self._cache, self._table, self.max_model_len, num_heads=self._model.num_heads
+            self._cache,
+            self._table,
+            self.max_model_len,
+            num_heads=self._model.num_heads,
+            max_decodes=max(num_slots, *self.buckets),
         )
 
     def _new_graphs(self) -> "DecodeGraphs":

@@ -9,26 +9,18 @@ import torch
 from parallel.arena import (
     ArenaPlan,
     ModelSizes,
-    PrefersOrdinary,
     context_needs,
     lay_out,
     logit_needs,
     model_needs,
 )
 from parallel.groups import Groups
-from parallel.layout import GroupName
+from parallel.layout import GROUP_NAMES, GroupName
 from parallel.padding import align_rows
 from parallel.plan import Plan, Rows
 from parallel.symmetric import nccl_version
 from workers.config import EngineConfig
 from workers.model_config import ModelConfig
-
-ORDINARY_FROM_TO: dict[tuple[str, int], tuple[tuple[int, int], ...]] = {
-    ("NVIDIA H200", 2): ((2**16, 2**21), (2**23, 2**62)),
-    ("NVIDIA H200", 4): ((2**18, 2**21), (2**23, 2**62)),
-}
-"""By GPU and ranks: sizes in bytes at which NCCL 2.28 sums quicker from ordinary memory (its ring)
-than from symmetric memory, in a graph, without multicast. Where nothing is measured, none."""
 
 FIRST_NCCL = (2, 27)
 """The first NCCL with symmetric kernels."""
@@ -100,19 +92,26 @@ def open_arena(
         device,
         is_strict=config.symm_mem_strict,
         time_limit_s=config.start_timeout_s / 4,
-        prefers_ordinary=prefers_ordinary(gpu_name(device)),
     )
 
 
-def prefers_ordinary(gpu: str) -> PrefersOrdinary:
-    """The measured choice on one kind of GPU."""
+def open_sums_of(
+    config: EngineConfig,
+    model: ModelConfig,
+    plan: Plan,
+    groups: Groups,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
+    """Measure how each group that sums rows does it quickest; nothing to do on a CPU.
 
-    def prefers(num_ranks: int, num_bytes: int) -> bool:
-        ranges = ORDINARY_FROM_TO.get((gpu, num_ranks), ())
-        return any(low <= num_bytes < high for low, high in ranges)
+    Every rank of the domain comes here at the same point of its start.
+    """
+    if device.type != "cuda" or config.all_reduce == "nccl":
+        return
+    from parallel.peer_memory import open_sums
 
-    return prefers
-
-
-def gpu_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    names = {one.group for one in plan.collectives if one.op == "all_reduce"}
+    by_name = groups.by_name()
+    chosen = [by_name[name] for name in GROUP_NAMES if name in names and by_name[name].size > 1]
+    open_sums(chosen, device, model.hidden_size, dtype, lambda line: print(line, flush=True))

@@ -14,6 +14,7 @@ from parallel.collectives import (
 )
 from parallel.groups import Call, Group, Ledger
 from parallel.layout import Layout
+from parallel.sums import SumTable
 from parallel.symmetric import (
     BOTH,
     get_global_dp_buffer,
@@ -250,7 +251,9 @@ def test_a_group_over_nodes_uses_ordinary_memory_by_choice():
 
 def test_a_size_that_is_measured_to_be_quicker_elsewhere_is_put_there():
     def body(rank, groups):
-        open_arena(groups, TWO, prefers_ordinary=lambda num_ranks, num_bytes: num_bytes > 32)
+        open_arena(groups, TWO)
+        table = SumTable((32, 64), {"ring": (9.0, 9.0), "symmetric": (3.0, 11.0)})
+        groups.tp.sums.open(table, None)
         memory = use_symmetric_memory(groups.tp)
         all_reduce(memory.empty((1, 8), ROW), groups.tp)
         all_reduce(memory.empty((2, 8), ROW), groups.tp)

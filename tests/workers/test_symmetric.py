@@ -17,7 +17,7 @@ from tests.workers.layers.tiny import CONFIG
 from tests.workers.test_exact import ACCEPTED, compiled, expected_by_length, steps_of
 from workers.architectures import layers_of, plan_of
 from workers.config import EngineConfig
-from workers.symmetric import arena_plan, open_arena, prefers_ordinary, slots_of
+from workers.symmetric import arena_plan, open_arena, slots_of
 
 MAX_ROWS = 24
 
@@ -137,23 +137,6 @@ def test_an_nccl_without_symmetric_kernels_is_refused(monkeypatch):
         open_arena(
             config, CONFIG, plan_of(config), single_rank_groups(), torch.device("cuda"), torch.half
         )
-
-
-def test_an_all_reduce_is_put_where_it_is_measured_to_be_quicker():
-    row = 4096 * 2
-    h200 = prefers_ordinary("NVIDIA H200")
-    assert [h200(2, rows * row) for rows in (1, 8, 64, 512, 2048)] == [
-        False,
-        True,
-        True,
-        False,
-        True,
-    ]
-    assert [h200(4, rows * row) for rows in (1, 8, 32, 128, 512, 2048)] == [
-        False, False, True, True, False, True
-    ]  # fmt: skip
-    assert not h200(8, row)
-    assert not prefers_ordinary("another")(2, row * 64)
 
 
 @pytest.mark.row("S6")

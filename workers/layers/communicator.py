@@ -12,7 +12,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from parallel.collectives import all_reduce
+from parallel.collectives import all_reduce, all_reduce_add_norm
 from parallel.dp_attention import (
     Activation,
     RowSplit,
@@ -31,6 +31,9 @@ Mover = Callable[[Tensor, RowSplit | None], Tensor]
 
 
 class Norm(Protocol):
+    weight_D: Tensor
+    eps: float
+
     def forward(self, x_TD: Tensor) -> Tensor: ...
 
     def add(self, x_TD: Tensor, residual_TD: Tensor) -> Tensor:
@@ -51,6 +54,9 @@ class NormBoundary:
         self._cut_residual = _mover(Move(boundary.residual, boundary.collect.target), build)
         self._widen = _mover(boundary.widen, build)
         self._spread = _mover(boundary.spread, build)
+        stays = self._widen is None and self._cut_residual is None
+        self._summed_over = self._owed if stays and boundary.collect.op == "all_reduce" else None
+        """The group, where sum, residual and norm are next to each other: one kernel may do all."""
 
     def forward(
         self, x: Activation, residual: Activation | None, split: RowSplit | None
@@ -59,7 +65,16 @@ class NormBoundary:
         x_TD, rows, owed = x
         if rows is not self._source or owed is not self._owed:
             x_TD = x.addend(self._source, self._owed)
-        if self._collect is not None:
+        normal_TD = None
+        if self._summed_over is not None and residual is not None:
+            normal_TD = all_reduce_add_norm(
+                x_TD,
+                residual.final(self._residual),
+                self._norm.weight_D,
+                self._norm.eps,
+                self._summed_over,
+            )
+        if self._collect is not None and normal_TD is None:
             x_TD = self._collect(x_TD, split)
         if residual is None:
             stream_TD, normal_TD = x_TD, self._norm.forward(x_TD)
@@ -70,7 +85,9 @@ class NormBoundary:
                 stream_TD = residual.final(self._residual)
             if self._cut_residual is not None:
                 stream_TD = self._cut_residual(stream_TD, split)
-            if self._widen is None:
+            if normal_TD is not None:
+                pass  # added, and normalised
+            elif self._widen is None:
                 normal_TD = self._norm.add(x_TD, stream_TD)
             else:
                 stream_TD = out_of_slot(self._widen(stream_TD.add_(x_TD), split), self._attn_tp)

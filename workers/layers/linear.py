@@ -10,7 +10,7 @@ from torch import Tensor
 
 from parallel.dp_attention import Activation
 from parallel.groups import Group
-from parallel.plan import Place
+from parallel.plan import Op, Place
 from parallel.symmetric import place_in_slot
 from workers.layers.build import Build, even_share
 from workers.layers.fast import gated_linear, linear
@@ -103,6 +103,7 @@ class RowParallelLinear:
         self.group = build.group(place.group)
         self.place = place
         self._owed = self.group if self.group.size > 1 else None
+        self._op: Op = build.plan.sum_op(place.group)
         self._name = name
         self._take = even_share(num_in, self.group, name)
         self._num_in, self._num_out = num_in, num_out
@@ -119,7 +120,8 @@ class RowParallelLinear:
     def forward(self, x_TD: Tensor) -> Activation:
         place_TN = None
         if self._owed is not None:
-            place_TN = place_in_slot(self._owed, (x_TD.shape[0], self._num_out), x_TD)
+            shape = (x_TD.shape[0], self._num_out)
+            place_TN = place_in_slot(self._owed, shape, x_TD, op=self._op)
         out_TN = linear(x_TD, self.weight_ND, self._added_N, out=place_TN)
         return Activation(out_TN, self.place.rows, self._owed)
 

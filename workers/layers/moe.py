@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from parallel.dp_attention import Activation, RowSplit
-from parallel.plan import Place
-from parallel.symmetric import moved_to_slot
+from parallel.plan import Op, Place
+from parallel.symmetric import place_in_slot
 from workers.layers.build import Build, even_share, padded_share
 from workers.layers.dispatch import AllToAll, Routing
 from workers.layers.fast import float32_linear, linear, silu_and_multiply
@@ -175,15 +175,18 @@ class Experts:
         """Experts that are not padding."""
         self._each = tuple(zip(gate_up_END.unbind(), down_EDI.unbind(), strict=True))
 
-    def apply(self, x_TD: Tensor, routing: Routing) -> Tensor:
+    def apply(self, x_TD: Tensor, routing: Routing, out: Tensor | None = None) -> Tensor:
+        """Written to `out` where the caller has a place for it."""
         num_choices = routing.expert_TK.numel()
         if x_TD.is_cuda:
-            return self.apply_fused(x_TD, routing)
+            return self.apply_fused(x_TD, routing, out)
         if num_choices <= self.num_real:
-            return self.apply_in_turn(x_TD, routing)
-        return self.apply_by_expert(x_TD, routing)
+            out_TD = self.apply_in_turn(x_TD, routing)
+        else:
+            out_TD = self.apply_by_expert(x_TD, routing)
+        return out_TD if out is None else out.copy_(out_TD)
 
-    def apply_fused(self, x_TD: Tensor, routing: Routing) -> Tensor:
+    def apply_fused(self, x_TD: Tensor, routing: Routing, out: Tensor | None = None) -> Tensor:
         """On a GPU: the host need not know who chose whom."""
         from kernels.fused_moe import fused_moe  # Triton: only with a GPU
 
@@ -195,6 +198,7 @@ class Experts:
             self.down_EDI,
             first=self.first,
             num_real=self.num_real,
+            out=out,
         )
 
     def apply_in_turn(self, x_TD: Tensor, routing: Routing) -> Tensor:
@@ -286,6 +290,7 @@ class SparseMLP:
         self._rows = place.rows
         group = build.group(place.group)
         self._owed = group if group.size > 1 else None
+        self._op: Op = build.plan.sum_op(place.group)
         self._columns = even_share(moe.intermediate_size, groups.moe_tp, names.down)
         self._experts, num_slots = padded_share(moe.num_experts, groups.moe_ep)
         width = moe.intermediate_size // groups.moe_tp.size
@@ -305,14 +310,15 @@ class SparseMLP:
         x_TD = x.final(self._rows)
         routing = self._route(x_TD, split)
         if self._all_to_all is None:
-            out_TD = self.experts.apply(x_TD, routing)
+            place_TD = None
+            if self._shared is None and self._owed is not None:
+                place_TD = place_in_slot(self._owed, x_TD.shape, x_TD, op=self._op)
+            out_TD = self.experts.apply(x_TD, routing, place_TD)
         else:
             places = x_TD.shape[0] if split is None else split.longest
             out_TD = self._all_to_all.forward(x_TD, routing, places, self.experts.apply)
         if self._shared is not None:
             out_TD = self._shared.forward(x, split).addend(self._rows, self._owed).add_(out_TD)
-        elif self._owed is not None:
-            out_TD = moved_to_slot(out_TD, self._owed, role="reduced")
         return Activation(out_TD, self._rows, self._owed)
 
     def _route(self, x_TD: Tensor, split: RowSplit | None) -> Routing:

@@ -43,18 +43,18 @@ class RMSNorm:
         size = build.config.hidden_size if size is None else size
         self._name = name
         self._unit = UnitRms(build, size, eps)
-        self._eps = build.config.rms_norm_eps if eps is None else eps
+        self.eps = build.config.rms_norm_eps if eps is None else eps
         self.weight_D = build.empty(size)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         if x_TD.is_cuda:
-            return rms_norm(x_TD, self.weight_D, self._eps)
+            return rms_norm(x_TD, self.weight_D, self.eps)
         return self._unit.forward(x_TD, self.weight_D)
 
     def add(self, x_TD: Tensor, residual_TD: Tensor) -> Tensor:
         """Add `x` to the residual stream, in place, and normalise the sum."""
         if x_TD.is_cuda:
-            return add_rms_norm(x_TD, residual_TD, self.weight_D, self._eps)
+            return add_rms_norm(x_TD, residual_TD, self.weight_D, self.eps)
         return self._unit.forward(residual_TD.add_(x_TD), self.weight_D)
 
     def sources(self) -> list[Source]:
