@@ -66,9 +66,11 @@ def network(num):
             name, veth = f"ls{mark}-{number}", f"ls{mark}v{number}"
             ip("netns", "add", name)
             stack.callback(ip, "netns", "del", name)
+            ip("link", "add", veth, "type", "veth", "peer", "name", "eth0", "netns", name)
+            # NOTE: connections that were cut keep their namespace for a while, and it its links.
+            stack.callback(ip, "link", "del", veth)
             host = Host(name, str(net[2 + number]), veth, Path(folder.name, str(number)))
             stack.callback(host.kill)
-            ip("link", "add", veth, "type", "veth", "peer", "name", "eth0", "netns", name)
             ip("link", "set", veth, "master", bridge, "up")
             for words in (
                 ("address", "add", f"{host.ip}/24", "dev", "eth0"),
