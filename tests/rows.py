@@ -284,6 +284,27 @@ MUTATIONS: tuple[Mutation, ...] = (
         "    if False:\n",
     ),
     Mutation(
+        "S6",
+        "the arena has no room for an indexer's keys",
+        "workers/symmetric.py",
+        "        return latent.rank + model.head_dim + index\n",
+        "        return latent.rank + model.head_dim\n",
+    ),
+    Mutation(
+        "S7",
+        "sparse attention reads all tokens",
+        "kernels/latent_attention.py",
+        "    if num_chosen >= score_TL.shape[1]:\n",
+        "    if True:\n",
+    ),
+    Mutation(
+        "S7",
+        "a part that has no rows does not gather latents",
+        "workers/layers/latent_attention.py",
+        "        num_read = num_here if context is None else context.num_rows\n",
+        "        num_read = num_here\n",
+    ),
+    Mutation(
         "S14",
         "a part of a sum passes for the sum",
         "parallel/dp_attention.py",

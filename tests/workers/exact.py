@@ -24,7 +24,7 @@ from workers.batch import Attention, ForwardBatch
 from workers.context import StepPart
 from workers.layers import fast, moe, norm, rotary
 from workers.layers.dispatch import Routing
-from workers.model_config import LatentConfig, ModelConfig, MoeConfig
+from workers.model_config import IndexConfig, LatentConfig, ModelConfig, MoeConfig
 from workers.models import Model, build_model
 from workers.weights import OneOf
 
@@ -58,16 +58,22 @@ def sparse_config(dense_layers: Sequence[int], num_layers: int) -> ModelConfig:
 
 
 def deepseek_config(dense_layers: Sequence[int], num_layers: int) -> ModelConfig:
-    """Attention over a latent, experts in groups, and some that all rows go through."""
+    """Attention over a latent with an indexer, experts in groups, and some for all rows."""
     sparse = sparse_config(dense_layers, num_layers)
     assert sparse.moe is not None
     moe = replace(sparse.moe, num_experts=8, num_groups=4, num_groups_chosen=2, shared_size=16)
     return replace(
         sparse,
-        architecture="DeepseekV3ForCausalLM",
+        architecture="DeepseekV32ForCausalLM",
         num_kv_heads=1,
         latent=LatentConfig(
-            query_rank=6, rank=5, plain_dim=3, value_dim=2, is_interleaved=True, scale=1.0
+            query_rank=6,
+            rank=5,
+            plain_dim=3,
+            value_dim=2,
+            is_interleaved=True,
+            scale=1.0,
+            index=IndexConfig(num_heads=4, head_dim=4, num_chosen=3),
         ),
         moe=moe,
     )
@@ -80,6 +86,10 @@ the first of these in DeepSeek's form."""
 
 def stepped_norm(self: object, x: Tensor, weight: Tensor) -> Tensor:
     return (torch.remainder(x, 7.0) - 3.0) * weight
+
+
+def stepped_layer_norm(self: norm.LayerNorm, x: Tensor) -> Tensor:
+    return stepped_norm(self, x, self.weight_D) + self.bias_D
 
 
 def stepped_gate(gate_up: Tensor) -> Tensor:
@@ -136,10 +146,15 @@ class LinearAttention:
         return torch.cat(outs)
 
     def attend_latent(self, layer, q_THW, row_TW, *, num_values, scale, index):
+        """The indexer's scores are a factor: the rest of their division by three."""
         outs = []
-        for q, row in zip(*(x.split(self._lengths) for x in (q_THW, row_TW)), strict=True):
+        rows = (q_THW, row_TW, index.q_TJE, index.weight_TJ, index.key_UE)
+        parts = zip(*(x.split(self._lengths) for x in rows), strict=True)
+        for q, row, index_q, weight, key in parts:
+            product_TJS = torch.einsum("tje,se->tjs", index_q, key).relu()
+            factor_TS = torch.remainder(torch.einsum("tj,tjs->ts", weight * 4, product_TJS), 3.0)
             score_HTS = torch.remainder(torch.einsum("thw,sw->hts", q, row), 3.0).tril()
-            out = torch.einsum("hts,sr->thr", score_HTS, row[:, :num_values])
+            out = torch.einsum("hts,ts,sr->thr", score_HTS, factor_TS, row[:, :num_values])
             outs.append(torch.remainder(out, 11.0) - 5.0)
         return torch.cat(outs)
 
@@ -154,9 +169,15 @@ class OnRows:
         q_UHD = self._spread(q_THD, len(k_UGD))
         return self._whole.attend(layer, q_UHD, k_UGD, v_UGD, **options)[self._rows]
 
-    def attend_latent(self, layer, q_THW, row_UW, **options):
-        q_UHW = self._spread(q_THW, len(row_UW))
-        return self._whole.attend_latent(layer, q_UHW, row_UW, **options)[self._rows]
+    def attend_latent(self, layer, q_THW, row_UW, *, index, **options):
+        num_rows = len(row_UW)
+        q_UHW = self._spread(q_THW, num_rows)
+        if index is not None:
+            index = index._replace(
+                q_TJE=self._spread(index.q_TJE, num_rows),
+                weight_TJ=self._spread(index.weight_TJ, num_rows),
+            )
+        return self._whole.attend_latent(layer, q_UHW, row_UW, index=index, **options)[self._rows]
 
     def _spread(self, q_T: Tensor, num_rows: int) -> Tensor:
         spread = q_T.new_full((num_rows, *q_T.shape[1:]), torch.nan)
@@ -167,6 +188,7 @@ class OnRows:
 def install(patch) -> None:
     """Replace the smooth functions for as long as `patch` (pytest's) lasts."""
     patch.setattr(norm.UnitRms, "forward", stepped_norm)
+    patch.setattr(norm.LayerNorm, "forward", stepped_layer_norm)
     patch.setattr(fast, "silu_and_multiply", stepped_gate)
     patch.setattr(moe, "silu_and_multiply", stepped_gate)
     patch.setattr(moe, "route", stepped_route)

@@ -80,6 +80,7 @@ def tokens_and_logprobs(
     return tokens, logprobs
 
 
+@pytest.mark.row("S7")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_prompts_and_decodes_give_transformers_tokens_and_log_probabilities(family, tmp_path):
     name, changes = FAMILIES[family]

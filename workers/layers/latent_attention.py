@@ -18,7 +18,6 @@ W = R + D; J heads of E numbers of the indexer.
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from parallel.context_gather import ContextGather
 from parallel.dp_attention import Activation, RowSplit
@@ -28,11 +27,11 @@ from workers.cache import RowShapes
 from workers.errors import BadModelConfig
 from workers.layers.build import Build, even_share
 from workers.layers.linear import ColumnParallelLinear, Columns, RowParallelLinear, even_columns
-from workers.layers.norm import RMSNorm
+from workers.layers.norm import LayerNorm, RMSNorm
 from workers.layers.rotary import Rotation
 from workers.layers.whole_rows import on_whole_rows
 from workers.model_config import IndexConfig, LatentConfig
-from workers.weights import Source, everything
+from workers.weights import Source
 
 NORM_EPS = 1e-6
 """Of the norms inside attention, whatever config.json says of the others."""
@@ -46,7 +45,8 @@ class LatentAttention:
         self._layer, self._latent = layer, latent
         self._num_heads = heads.stop - heads.start
         self._rotated_dim = config.head_dim
-        query_width = config.num_heads * (latent.plain_dim + config.head_dim)
+        self._query_dim = latent.plain_dim + config.head_dim
+        query_width = config.num_heads * self._query_dim
         row_width = latent.rank + config.head_dim
         compress = [_whole(f"{prefix}.kv_a_proj_with_mqa", row_width)]
         query_name = f"{prefix}.q_proj"
@@ -106,97 +106,69 @@ class LatentAttention:
     def _attend(
         self, x_TD: Tensor, rotation: Rotation, attention: Attention, split: RowSplit | None
     ) -> Activation:
-        num_rows = x_TD.shape[0]
-        num_real = num_rows if split is None else split.num_real
         context = None if split is None else split.context
-        if context is None and num_real == num_rows > 0:
-            return self._out.forward(self._read(x_TD, rotation, attention))
+        num_rows = x_TD.shape[0]
+        num_here = num_rows if split is None else split.num_real
+        num_read = num_here if context is None else context.num_rows
+        if num_here == num_rows > 0:
+            return self._out.forward(self._read(x_TD, rotation, attention, context))
         out_TN = x_TD.new_zeros(num_rows, self._num_heads * self._latent.value_dim)
-        own_TD = x_TD[:num_real]  # padding has no place in any sequence: attention never sees it
-        if context is not None and context.num_rows:
-            out_TN[:num_real] = self._read_in_part(own_TD, rotation, attention, context)
-        elif num_real:
-            out_TN[:num_real] = self._read(own_TD, rotation, attention)
+        if num_read:  # padding has no place in any sequence, so attention never sees it
+            out_TN[:num_here] = self._read(x_TD[:num_here], rotation, attention, context)
         return self._out.forward(out_TN)
 
-    def _read(self, x_TD: Tensor, rotation: Rotation, attention: Attention) -> Tensor:
-        """What the rows read of their sequences, heads side by side."""
-        query_TQ, latent_TR, key_T1D = self._compressed(x_TD)
-        absorbed_THR, query_THD = self._queries(query_TQ)
-        # The shared key is turned as one more head.
-        turned_TXD = self._turned(torch.cat((query_THD, key_T1D), 1), rotation)
-        index = self._index(x_TD, query_TQ, rotation)
-        row_TW = torch.cat((latent_TR, turned_TXD[:, -1]), 1)
-        return self._attended(attention, absorbed_THR, turned_TXD[:, :-1], row_TW, index)
-
-    def _read_in_part(
-        self, x_TD: Tensor, rotation: Rotation, attention: Attention, context: ContextGather
+    def _read(
+        self,
+        x_TD: Tensor,
+        rotation: Rotation,
+        attention: Attention,
+        context: ContextGather | None,
     ) -> Tensor:
-        """The same of one part's rows, which may be none: what the cache keeps of all parts' is on
-        its way here while the queries are computed."""
-        query_TQ, latent_TR, key_T1D = self._compressed(x_TD)
-        index = self._index(x_TD, query_TQ, rotation)
-        kept = [latent_TR, self._turned(key_T1D, rotation).squeeze(1)]
-        if index is not None:
-            kept.append(index.key_UE)
-        pending = context.start(torch.cat(kept, 1))
-        absorbed_THR, query_THD = self._queries(query_TQ)
-        turned_THD = self._turned(query_THD, rotation)
-        widths = [width for (width,) in self.cache_shapes]
-        row_UW, *keys = pending.wait().split_with_sizes(widths, 1)
-        if index is not None:
-            index = index._replace(key_UE=keys[0])
-        return self._attended(attention, absorbed_THR, turned_THD, row_UW, index)
+        """What the rows read of their sequences, heads side by side.
 
-    def _compressed(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What queries are made from, the latent, and the key that all heads share."""
-        latent = self._latent
-        query_TQ, latent_TR, key_TD = self._compress.forward(x_TD).split_with_sizes(
+        If the replica is in parts, what its rows leave in the cache is gathered from all of them,
+        while this part's queries are computed.
+        """
+        latent, num_rows = self._latent, x_TD.shape[0]
+        parts = self._compress.forward(x_TD).split_with_sizes(
             (latent.query_rank or 0, latent.rank, self._rotated_dim), 1
         )
-        if self._query_norm is None:
-            query_TQ = x_TD
-        else:
-            query_TQ = self._query_norm.forward(query_TQ.contiguous())
-        return query_TQ, self._latent_norm.forward(latent_TR.contiguous()), key_TD.unsqueeze(1)
-
-    def _queries(self, query_TQ: Tensor) -> tuple[Tensor, Tensor]:
-        """Of every head what it asks of latents (T, H, R), and what is yet to be rotated."""
-        widths = (self._latent.plain_dim, self._rotated_dim)
-        query_TX = self._query.forward(query_TQ)
-        query_THX = query_TX.view(len(query_TQ), self._num_heads, sum(widths))
-        plain_THN, query_THD = query_THX.split_with_sizes(widths, 2)
-        return torch.bmm(plain_THN.transpose(0, 1), self._keys_HNR).transpose(0, 1), query_THD
-
-    def _turned(self, x_TXD: Tensor, rotation: Rotation) -> Tensor:
-        return rotation.apply(_halved(x_TXD) if self._latent.is_interleaved else x_TXD)
-
-    def _attended(
-        self,
-        attention: Attention,
-        absorbed_THR: Tensor,
-        turned_THD: Tensor,
-        row_UW: Tensor,
-        index: IndexRows | None,
-    ) -> Tensor:
-        """Values that the rows read, heads side by side, once all there is to keep is there."""
-        latent = self._latent
+        latent_TR = self._latent_norm.forward(parts[1].contiguous())
+        key_T1D = self._turn(parts[2].unsqueeze(1), rotation)
+        kept = [latent_TR, key_T1D.squeeze(1)]
+        index_weight_TJ = None
+        if self._indexer is not None:
+            index_key_TE, index_weight_TJ = self._indexer.keys(x_TD, rotation)
+            kept.append(index_key_TE)
+        kept_TC = torch.cat(kept, 1)
+        pending = None if context is None else context.start(kept_TC)
+        query_TQ = x_TD
+        if self._query_norm is not None:
+            query_TQ = self._query_norm.forward(parts[0].contiguous())
+        query_THX = self._query.forward(query_TQ).view(num_rows, self._num_heads, self._query_dim)
+        plain_THN, turned_THD = query_THX.split_with_sizes((latent.plain_dim, self._rotated_dim), 2)
+        absorbed_HTR = torch.bmm(plain_THN.transpose(0, 1), self._keys_HNR)
+        turned_THD = self._turn(turned_THD, rotation)
+        kept_UC = kept_TC if pending is None else pending.wait()
+        row_UW, index_key_UE = kept_UC.tensor_split((latent.rank + self._rotated_dim,), 1)
+        index = None
+        if self._indexer is not None and index_weight_TJ is not None:
+            index_q_TJE = self._indexer.queries(query_TQ, rotation)
+            num_chosen = self._indexer.num_chosen
+            index = IndexRows(index_q_TJE, index_weight_TJ, index_key_UE, num_chosen)
         out_THR = attention.attend_latent(
             self._layer,
-            torch.cat((absorbed_THR, turned_THD), 2),
+            torch.cat((absorbed_HTR.transpose(0, 1), turned_THD), 2),
             row_UW,
             num_values=latent.rank,
             scale=latent.scale,
             index=index,
         )
         out_HTV = torch.bmm(out_THR.transpose(0, 1), self._values_HRV)
-        width = self._num_heads * latent.value_dim
-        return out_HTV.transpose(0, 1).reshape(len(absorbed_THR), width)
+        return out_HTV.transpose(0, 1).reshape(num_rows, self._num_heads * latent.value_dim)
 
-    def _index(self, x_TD: Tensor, query_TQ: Tensor, rotation: Rotation) -> IndexRows | None:
-        if self._indexer is None:
-            return None
-        return self._indexer.forward(x_TD, query_TQ, rotation)
+    def _turn(self, x_TXD: Tensor, rotation: Rotation) -> Tensor:
+        return rotation.apply(_halved(x_TXD) if self._latent.is_interleaved else x_TXD.contiguous())
 
     def sources(self) -> list[Source]:
         parts = (self._compress, self._query_norm, self._query, self._latent_norm, self._expand)
@@ -215,7 +187,7 @@ class Indexer:
                 f"{config.architecture} needs q_lora_rank, and index_head_dim={index.head_dim} of "
                 f"at least qk_rope_head_dim={config.head_dim}"
             )
-        self._prefix, self._index = prefix, index
+        self._index = index
         self._rotated_dim = config.head_dim
         self._query = ColumnParallelLinear(
             build,
@@ -232,38 +204,37 @@ class Indexer:
             ),
             bias=False,
         )
-        self._norm_E = build.empty(index.head_dim)
-        self._norm_bias_E = build.empty(index.head_dim)
+        self._norm = LayerNorm(build, f"{prefix}.k_norm", index.head_dim, NORM_EPS)
         self._scale = (index.head_dim * index.num_heads) ** -0.5
+        self.num_chosen = index.num_chosen
 
-    def forward(self, x_TD: Tensor, query_TQ: Tensor, rotation: Rotation) -> IndexRows:
-        """`query_TQ` is what attention makes its queries from."""
-        index, num_rows = self._index, x_TD.shape[0]
-        query_TX = self._query.forward(query_TQ)
-        query_TJE = query_TX.view(num_rows, index.num_heads, index.head_dim)
+    def keys(self, x_TD: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+        """The rows' keys, and their heads' weights (float32, all scales included)."""
+        index = self._index
         key_TE, weight_TJ = self._key_and_weight.forward(x_TD).split_with_sizes(
             (index.head_dim, index.num_heads), 1
         )
-        key_TE = functional.layer_norm(
-            key_TE, (index.head_dim,), self._norm_E, self._norm_bias_E, NORM_EPS
-        )
-        both_TXE = torch.cat((query_TJE, key_TE.unsqueeze(1)), 1)
-        rest = index.head_dim - self._rotated_dim
-        turned, plain = both_TXE.split_with_sizes((self._rotated_dim, rest), 2)
-        both_TXE = torch.cat((rotation.apply(turned.contiguous()), plain), 2)
-        return IndexRows(
-            both_TXE[:, :-1],
-            weight_TJ.float() * self._scale,
-            both_TXE[:, -1],
-            index.num_chosen,
-        )
+        key_TE = self._norm.forward(key_TE)
+        key_TE = self._turn(key_TE.unsqueeze(1), rotation).squeeze(1)
+        return key_TE, weight_TJ.float() * self._scale
+
+    def queries(self, query_TQ: Tensor, rotation: Rotation) -> Tensor:
+        """From what attention makes its own queries from."""
+        index, num_rows = self._index, query_TQ.shape[0]
+        query_TJE = self._query.forward(query_TQ).view(num_rows, index.num_heads, index.head_dim)
+        return self._turn(query_TJE, rotation)
+
+    def _turn(self, x_TXE: Tensor, rotation: Rotation) -> Tensor:
+        """The first coordinates are rotated, as two halves; the rest stay as they are."""
+        rest = self._index.head_dim - self._rotated_dim
+        turned, plain = x_TXE.split_with_sizes((self._rotated_dim, rest), 2)
+        return torch.cat((rotation.apply(turned.contiguous()), plain), 2)
 
     def sources(self) -> list[Source]:
         return [
             *self._query.sources(),
             *self._key_and_weight.sources(),
-            everything(self._norm_E, f"{self._prefix}.k_norm.weight", "ones"),
-            everything(self._norm_bias_E, f"{self._prefix}.k_norm.bias", "zeros"),
+            *self._norm.sources(),
         ]
 
 

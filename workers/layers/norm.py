@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation, alone or after adding to the residual stream."""
+"""Normalisation: by root mean square, alone or after adding to the residual stream; by layer."""
 
 import torch
 from torch import Tensor
@@ -59,3 +59,21 @@ class RMSNorm:
 
     def sources(self) -> list[Source]:
         return [everything(self.weight_D, f"{self._name}.weight", "ones")]
+
+
+class LayerNorm:
+    """With the mean taken off, a weight and a bias."""
+
+    def __init__(self, build: Build, name: str, size: int, eps: float) -> None:
+        self._name, self._eps = name, eps
+        self.weight_D, self.bias_D = build.empty(size), build.empty(size)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        shape = self.weight_D.shape
+        return functional.layer_norm(x_TD, shape, self.weight_D, self.bias_D, self._eps)
+
+    def sources(self) -> list[Source]:
+        return [
+            everything(self.weight_D, f"{self._name}.weight", "ones"),
+            everything(self.bias_D, f"{self._name}.bias", "zeros"),
+        ]
