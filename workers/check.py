@@ -33,7 +33,12 @@ from torch import Tensor
 from torch.distributed import FileStore  # pyright: ignore[reportPrivateImportUsage]
 
 from parallel.arena import Need, SymmetryError, lay_out
-from parallel.collectives import all_gather_rows, all_reduce, reduce_scatter_rows
+from parallel.collectives import (
+    all_gather_rows,
+    all_reduce,
+    reduce_scatter_rows,
+    start_all_gather_rows,
+)
 from parallel.groups import (
     Group,
     Groups,
@@ -174,6 +179,8 @@ def open_arena(groups: Groups, layout: Layout, sizes: Sizes) -> None:
             Need("local_dp", (name,), whole),
             Need("scatter_in", (name,), whole),
             Need("scattered", (name,), part),
+            Need("cp_in", (name,), part),
+            Need("cp_kv", (name,), whole),
         ]
     plan = lay_out(needs, layout)
     groups.arena.open(plan, groups.by_name(), sizes.device, is_strict=False)
@@ -262,6 +269,17 @@ def make_gather(group: Group, sizes: Sizes) -> Tensor:
     return all_gather_rows(x, group, role="local_dp")
 
 
+def make_gather_aside(group: Group, sizes: Sizes) -> Tensor:
+    """On a stream of its own, while the main one computes: as keys and values of parts go round."""
+    x = slot_for(group, "cp_in", input_of(group.rank, NUM_ROWS, sizes))
+    shape = (group.size * NUM_ROWS, sizes.width)
+    memory = use_symmetric_memory(group, "cp_kv", op="all_gather")
+    out = x.new_empty(shape) if memory is None else memory.empty(shape, x)
+    pending = start_all_gather_rows(x, group, out=out)
+    x.new_ones(NUM_ROWS, NUM_ROWS).mm(x.new_ones(NUM_ROWS, NUM_ROWS))
+    return pending.wait()
+
+
 def make_scatter(group: Group, sizes: Sizes) -> Tensor:
     x = slot_for(group, "scatter_in", input_of(group.rank, NUM_ROWS * group.size, sizes))
     return reduce_scatter_rows(x, group, role="scattered")
@@ -289,6 +307,7 @@ class Operation(NamedTuple):
 OPERATIONS = {
     "all_reduce": Operation(make_sum, expect_sum),
     "all_gather": Operation(make_gather, expect_gather),
+    "gather_aside": Operation(make_gather_aside, expect_gather),
     "reduce_scatter": Operation(make_scatter, expect_scatter),
 }
 

@@ -23,14 +23,14 @@ def test_every_collective_of_two_ranks_is_symmetric_and_the_twin_is_reported(tmp
     assert {(case.group, case.op) for case in cases if case.mode == "eager"} == {
         (group, op)
         for group in ("tp", "attn_tp", "moe_tp", "dense_tp")
-        for op in ("all_reduce", "all_gather", "reduce_scatter")
+        for op in ("all_reduce", "all_gather", "gather_aside", "reduce_scatter")
     }
     assert all(case.path == "symmetric" for case in cases if case.mode == "eager")
     assert [(case.path, case.reason) for case in cases if case.mode == "twin"] == [
         ("fallback", "unregistered")
     ]
     shown = capfd.readouterr().out
-    assert "12 collectives, 0 fallbacks" in shown
+    assert "16 collectives, 0 fallbacks" in shown
     assert "1 of 1 collectives over an unregistered twin reported" in shown
 
 
