@@ -70,7 +70,7 @@ class AllToAll:
         row_N = place_TW.new_full((self._group.size * num_places + 1,), num_rows)
         row_T1 = torch.arange(num_rows, device=place_TW.device).unsqueeze(1)
         row_N[place_TW] = row_T1.expand_as(place_TW)
-        row_N[-1] = num_rows
+        row_N[-1:].fill_(num_rows)  # an assigned number would be copied from the host
         return row_N[:-1]
 
     def _send_choices(self, routing: Routing, row_N: Tensor) -> Routing:
