@@ -47,17 +47,26 @@ def _rms_norm_kernel(
     tl.store(out_ptr + row + cols, x * inverse_rms * weight, mask=inside)
 
 
-def rms_norm(x_TD: Tensor, weight_D: Tensor, *, eps: float) -> Tensor:
-    """Normalise each row of `x`."""
-    return _launch(x_TD, None, weight_D, eps)
+def rms_norm(x_TD: Tensor, weight_D: Tensor, *, eps: float, out: Tensor | None = None) -> Tensor:
+    """Normalise each row of `x`; written to `out` where the caller has a place for it."""
+    return _launch(x_TD, None, weight_D, eps, out)
 
 
-def add_rms_norm(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, *, eps: float) -> Tensor:
+def add_rms_norm(
+    x_TD: Tensor,
+    residual_TD: Tensor,
+    weight_D: Tensor,
+    *,
+    eps: float,
+    out: Tensor | None = None,
+) -> Tensor:
     """Normalise `x + residual`, leaving the sum in `residual_TD`."""
-    return _launch(x_TD, residual_TD, weight_D, eps)
+    return _launch(x_TD, residual_TD, weight_D, eps, out)
 
 
-def _launch(x_TD: Tensor, residual_TD: Tensor | None, weight_D: Tensor, eps: float) -> Tensor:
+def _launch(
+    x_TD: Tensor, residual_TD: Tensor | None, weight_D: Tensor, eps: float, out: Tensor | None
+) -> Tensor:
     num_rows, num_cols = x_TD.shape
     summed_TD = x_TD if residual_TD is None else residual_TD
     refuse_unless(
@@ -70,7 +79,11 @@ def _launch(x_TD: Tensor, residual_TD: Tensor | None, weight_D: Tensor, eps: flo
         "x, residual and weight must be contiguous: the kernel steps by D",
     )
     refuse_unless(num_cols <= MAX_COLUMNS, f"rows of {num_cols} are longer than {MAX_COLUMNS}")
-    out_TD = torch.empty_like(x_TD)
+    out_TD = torch.empty_like(x_TD) if out is None else out
+    refuse_unless(
+        out_TD.shape == x_TD.shape and out_TD.dtype == x_TD.dtype and out_TD.is_contiguous(),
+        f"out {tuple(out_TD.shape)} must be contiguous and like x {tuple(x_TD.shape)}",
+    )
     if num_rows == 0:
         return out_TD
     pdl = has_pdl(x_TD)

@@ -36,7 +36,13 @@ from parallel.collectives import (
 from parallel.context_gather import ContextGather
 from parallel.groups import Group
 from parallel.plan import Rows
-from parallel.symmetric import get_global_dp_buffer, get_local_dp_buffer
+from parallel.symmetric import (
+    get_global_dp_buffer,
+    get_local_dp_buffer,
+    is_allocation_symmetric,
+    place_in_slot,
+    use_symmetric_memory,
+)
 
 
 class UnreducedError(RuntimeError):
@@ -196,6 +202,35 @@ def _lengthened(x_TD: Tensor, length: int) -> Tensor:
     return torch.cat([x_TD, x_TD.new_zeros(missing, *x_TD.shape[1:])])
 
 
+def _stretched(x_TD: Tensor, length: int, group: Group) -> Tensor:
+    """`length` rows, for a collective whose results past the real rows are cut off.
+
+    Rows at the beginning of a slot are followed by whatever the slot holds there: nothing is moved.
+    """
+    place = group.arena.find(x_TD) if group.arena.is_open and x_TD.shape[0] else None
+    if x_TD.shape[0] == length or place is None or place.offset != place.slot.offset:
+        return _lengthened(x_TD, length)
+    if length * x_TD[0].numel() * x_TD.itemsize > place.slot.num_bytes:
+        return _lengthened(x_TD, length)
+    return x_TD.as_strided((length, *x_TD.shape[1:]), x_TD.stride())
+
+
+def place_for_gather(
+    like_SD: Tensor, split: RowSplit, group: Group, *, to_all: bool
+) -> Tensor | None:
+    """Where to write rows that `gather_all`, or `gather_replica`, is to read; None for anywhere."""
+    length = split.longest if to_all else split.share_length
+    arena, num_rows = group.arena, like_SD.shape[0]
+    if not arena.is_open or not num_rows or arena.slot_of("gather_in", group) is None:
+        return None
+    if to_all and not (split.is_even or split.uses_slots):
+        return None
+    disabled = not is_allocation_symmetric(group)
+    memory = use_symmetric_memory(group, "gather_in", op="all_gather", disabled=disabled)
+    shape = (length, *like_SD.shape[1:])
+    return None if memory is None else memory.empty(shape, like_SD)[:num_rows]
+
+
 def _times(group: Group, x_TD: Tensor) -> tuple[int, ...]:
     """The shape of all members' rows."""
     return (group.size * x_TD.shape[0], *x_TD.shape[1:])
@@ -208,7 +243,7 @@ def take_share(x_TD: Tensor, split: RowSplit) -> Tensor:
 
 def gather_replica(x_SD: Tensor, split: RowSplit, attn_tp: Group) -> Tensor:
     """All rows of this rank's replica, from its ranks' shares."""
-    x_SD = _lengthened(x_SD, split.share_length)
+    x_SD = _stretched(x_SD, split.share_length, attn_tp)
     out = get_local_dp_buffer(attn_tp, _times(attn_tp, x_SD), x_SD)
     return all_gather_rows(x_SD, attn_tp, out=out)[: split.num_rows]
 
@@ -216,13 +251,13 @@ def gather_replica(x_SD: Tensor, split: RowSplit, attn_tp: Group) -> Tensor:
 def sum_to_shares(x_TD: Tensor, split: RowSplit, attn_tp: Group) -> Tensor:
     """This rank's share of the replica's rows, summed over the replica's ranks."""
     length = split.share_length * attn_tp.size
-    return reduce_scatter_rows(_lengthened(x_TD, length), attn_tp)[: split.num_share]
+    return reduce_scatter_rows(_stretched(x_TD, length, attn_tp), attn_tp)[: split.num_share]
 
 
 def gather_all(x_SD: Tensor, split: RowSplit, tp: Group) -> Tensor:
     """All rows of all replicas, from the shares of all ranks."""
     if split.is_even or split.uses_slots:
-        x_SD = _lengthened(x_SD, split.longest)
+        x_SD = _stretched(x_SD, split.longest, tp)
         out = get_global_dp_buffer(tp, _times(tp, x_SD), x_SD)
         slots = all_gather_rows(x_SD, tp, out=out)
         return slots if split.is_even else slots.index_select(0, split.slots)
@@ -237,7 +272,9 @@ def sum_to_share(x_ND: Tensor, split: RowSplit, tp: Group) -> Tensor:
         return all_reduce(x_ND, tp)[split.share_in_all]
     slots = x_ND
     if not split.is_even:
-        slots = x_ND.new_zeros(tp.size * split.longest, *x_ND.shape[1:])
+        shape = (tp.size * split.longest, *x_ND.shape[1:])
+        place = place_in_slot(tp, shape, x_ND, role="scatter_in", op="reduce_scatter")
+        slots = x_ND.new_zeros(shape) if place is None else place.zero_()
         slots.index_copy_(0, split.slots, x_ND)
     out = get_local_dp_buffer(tp, (split.longest, *x_ND.shape[1:]), x_ND)
     return reduce_scatter_rows(slots, tp, out=out)[: split.num_share]

@@ -81,6 +81,13 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation(
         "S2",
+        "norms write anywhere, and gathers copy",
+        "workers/layers/communicator.py",
+        "        if self._gathered_over is None or split is None:\n",
+        "        if True:\n",
+    ),
+    Mutation(
+        "S2",
         "a way to sum is taken that is wrong on one rank",
         "parallel/sums.py",
         "        path: tuple(max(figures) for figures in zip(",

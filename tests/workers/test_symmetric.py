@@ -99,6 +99,12 @@ def test_every_combination_on_poisoned_slots_equals_one_rank(tp, monkeypatch):
     }  # fmt: skip
     attention = {path for group, _, path, reason in counts if group == "attn_tp" and not reason}
     assert attention == {"symmetric"}
+    copied = {(group, op): n for (group, op, _, reason), n in counts.items() if reason == "copied"}
+    written = sum(
+        n for (*_, path, reason), n in counts.items() if path == "symmetric" and not reason
+    )
+    assert set(copied) <= {("attn_dp", "all_gather"), ("attn_tp", "all_gather")}
+    assert sum(copied.values()) < written / 10  # once a step, and ranks that have no row
 
 
 @pytest.mark.row("S4", "S6", "S7")

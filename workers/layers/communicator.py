@@ -18,6 +18,7 @@ from parallel.dp_attention import (
     RowSplit,
     gather_all,
     gather_replica,
+    place_for_gather,
     sum_to_share,
     sum_to_shares,
     take_share,
@@ -34,15 +35,20 @@ class Norm(Protocol):
     weight_D: Tensor
     eps: float
 
-    def forward(self, x_TD: Tensor) -> Tensor: ...
+    def forward(self, x_TD: Tensor, out: Tensor | None = None) -> Tensor:
+        """Written to `out` where the caller has a place for it."""
+        ...
 
-    def add(self, x_TD: Tensor, residual_TD: Tensor) -> Tensor:
+    def add(self, x_TD: Tensor, residual_TD: Tensor, out: Tensor | None = None) -> Tensor:
         """Add `x` to the residual stream, in place, and normalise the sum."""
         ...
 
 
 class NormBoundary:
-    def __init__(self, build: Build, boundary: Boundary, norm: Norm) -> None:
+    def __init__(
+        self, build: Build, boundary: Boundary, norm: Norm, *, gathers_next: bool = False
+    ) -> None:
+        """`gathers_next` if the next half begins by gathering its scattered rows itself."""
         self._residual = boundary.residual
         self._norm = norm
         self._owed = build.group(boundary.owed) if boundary.owed else None
@@ -57,6 +63,20 @@ class NormBoundary:
         stays = self._widen is None and self._cut_residual is None
         self._summed_over = self._owed if stays and boundary.collect.op == "all_reduce" else None
         """The group, where sum, residual and norm are next to each other: one kernel may do all."""
+
+        self._gathered_over = None
+        """The group that gathers what the norm gives, which is then written to its slot."""
+        if boundary.spread.op == "all_gather":
+            self._gathered_over = build.group(boundary.spread.group)
+        elif gathers_next and self._target is Rows.SCATTERED:
+            self._gathered_over = self._attn_tp
+
+    def _place(self, like_TD: Tensor, split: RowSplit | None) -> Tensor | None:
+        """Where the norm writes, if rows like these are gathered next."""
+        if self._gathered_over is None or split is None:
+            return None
+        to_all = self._target is Rows.FULL
+        return place_for_gather(like_TD, split, self._gathered_over, to_all=to_all)
 
     def forward(
         self, x: Activation, residual: Activation | None, split: RowSplit | None
@@ -73,11 +93,12 @@ class NormBoundary:
                 self._norm.weight_D,
                 self._norm.eps,
                 self._summed_over,
+                out=self._place(x_TD, split),
             )
         if self._collect is not None and normal_TD is None:
             x_TD = self._collect(x_TD, split)
         if residual is None:
-            stream_TD, normal_TD = x_TD, self._norm.forward(x_TD)
+            stream_TD, normal_TD = x_TD, self._norm.forward(x_TD, self._place(x_TD, split))
             residual = Activation(stream_TD, self._stream)
         else:
             stream_TD, at, _ = residual
@@ -88,10 +109,10 @@ class NormBoundary:
             if normal_TD is not None:
                 pass  # added, and normalised
             elif self._widen is None:
-                normal_TD = self._norm.add(x_TD, stream_TD)
+                normal_TD = self._norm.add(x_TD, stream_TD, self._place(stream_TD, split))
             else:
                 stream_TD = out_of_slot(self._widen(stream_TD.add_(x_TD), split), self._attn_tp)
-                normal_TD = self._norm.forward(stream_TD)
+                normal_TD = self._norm.forward(stream_TD, self._place(stream_TD, split))
         if self._spread is not None:
             normal_TD = self._spread(normal_TD, split)
         if stream_TD is not residual.tensor:

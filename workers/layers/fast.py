@@ -74,18 +74,20 @@ def silu_and_multiply(gate_up: Tensor) -> Tensor:
     return functional.silu(gate).mul_(up)
 
 
-def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
     """On a GPU only: see `workers.layers.norm` for elsewhere."""
     from kernels.rms_norm import rms_norm as launch
 
-    return launch(x_TD, weight_D, eps=eps)
+    return launch(x_TD, weight_D, eps=eps, out=out)
 
 
-def add_rms_norm(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+def add_rms_norm(
+    x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float, out: Tensor | None = None
+) -> Tensor:
     """On a GPU only."""
     from kernels.rms_norm import add_rms_norm as launch
 
-    return launch(x_TD, residual_TD, weight_D, eps=eps)
+    return launch(x_TD, residual_TD, weight_D, eps=eps, out=out)
 
 
 def rope_rows(

@@ -46,16 +46,18 @@ class RMSNorm:
         self.eps = build.config.rms_norm_eps if eps is None else eps
         self.weight_D = build.empty(size)
 
-    def forward(self, x_TD: Tensor) -> Tensor:
+    def forward(self, x_TD: Tensor, out: Tensor | None = None) -> Tensor:
+        """Written to `out` where the caller has a place for it."""
         if x_TD.is_cuda:
-            return rms_norm(x_TD, self.weight_D, self.eps)
-        return self._unit.forward(x_TD, self.weight_D)
+            return rms_norm(x_TD, self.weight_D, self.eps, out)
+        normal_TD = self._unit.forward(x_TD, self.weight_D)
+        return normal_TD if out is None else out.copy_(normal_TD)
 
-    def add(self, x_TD: Tensor, residual_TD: Tensor) -> Tensor:
+    def add(self, x_TD: Tensor, residual_TD: Tensor, out: Tensor | None = None) -> Tensor:
         """Add `x` to the residual stream, in place, and normalise the sum."""
         if x_TD.is_cuda:
-            return add_rms_norm(x_TD, residual_TD, self.weight_D, self.eps)
-        return self._unit.forward(residual_TD.add_(x_TD), self.weight_D)
+            return add_rms_norm(x_TD, residual_TD, self.weight_D, self.eps, out)
+        return self.forward(residual_TD.add_(x_TD), out)
 
     def sources(self) -> list[Source]:
         return [everything(self.weight_D, f"{self._name}.weight", "ones")]

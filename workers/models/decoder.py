@@ -49,7 +49,9 @@ class DecoderLayer:
         self.cache_shapes = attention.cache_shapes
         self._input_norm = RMSNorm(build, f"{prefix}.input_layernorm")
         self._post_norm = RMSNorm(build, f"{prefix}.post_attention_layernorm")
-        self._into_attention = NormBoundary(build, plan.into_attention(layer), self._input_norm)
+        self._into_attention = NormBoundary(
+            build, plan.into_attention(layer), self._input_norm, gathers_next=True
+        )
         self._into_mlp = NormBoundary(build, plan.into_mlp(layer), self._post_norm)
 
     def forward(
