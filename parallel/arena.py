@@ -135,8 +135,7 @@ def model_needs(
     shares what is scattered is first put at equal distances, in a slot of its own. What goes over
     attn_cp is no layer's input or output: see `context_needs`.
     """
-    unit = layout.attn_tp_size * layout.attn_cp_size
-    local = -(-sizes.num_rows // unit) * layout.attn_tp_size
+    local = _rows_of_part(layout, sizes)
     width = sizes.hidden_size * sizes.itemsize
     needs = [Need("embedded", ("attn_tp",), local * width)]
     for op, name in collectives:
@@ -158,11 +157,17 @@ def model_needs(
     return needs
 
 
+def _rows_of_part(layout: Layout, sizes: ModelSizes) -> int:
+    """Of one part of a replica in the largest step, padded as a step's are."""
+    unit = layout.attn_tp_size * layout.attn_cp_size
+    return -(-sizes.num_rows // unit) * layout.attn_tp_size
+
+
 def context_needs(layout: Layout, sizes: ModelSizes) -> list[Need]:
     """Of context parallelism, each gather padded to the longest part: what rows leave in the cache
     on its side stream, and hidden rows (of the head, or a float32 a row) beside it."""
     num_parts = layout.attn_cp_size
-    longest = -(-sizes.num_rows // num_parts)
+    longest = _rows_of_part(layout, sizes)
     cached = longest * sizes.context_bytes
     hidden = max(sizes.num_logit_rows * sizes.hidden_size * sizes.itemsize, longest * 4)
     return [

@@ -52,6 +52,49 @@ def test_replicas_gather_their_rows_for_the_mlp_and_get_them_back():
     assert said(whole, 2) == ["reduce_scatter over tp"]
 
 
+@pytest.mark.row("S7")
+def test_parts_of_a_replica_are_to_the_rest_of_a_model_what_replicas_are():
+    for dp, cp, model in itertools.product((1, 2), (2, 4), (DENSE, MIXED)):
+        parts = plan_of(model, tp_size=8, dp_size=dp, attn_cp_size=cp)
+        replicas = plan_of(model, tp_size=8, dp_size=dp * cp)
+        assert parts.boundaries == replicas.boundaries
+        assert parts.mlps == replicas.mlps
+        inside = [stage for stage in parts.stages() if stage.where == "attention"]
+        assert {str(one) for stage in inside for one in stage.collectives} == {
+            "all_gather over attn_cp"
+        }
+        assert parts.row_multiple == cp * replicas.row_multiple
+        assert parts.crosses_replicas == (dp > 1)
+
+
+@pytest.mark.row("S7")
+def test_a_head_has_the_rows_of_all_parts_and_is_split_over_those_that_have_them():
+    def logits(**settings):
+        plan = plan_of(DENSE, tp_size=8, **settings)
+        return plan.head, [str(one) for one in list(plan.stages())[-1].collectives]
+
+    first = "all_gather over attn_cp"
+    assert logits(attn_cp_size=2) == ((T, "tp"), [first, "all_gather over tp"])
+    assert logits(attn_cp_size=2, dp_size=2) == (
+        (F, "tp"), [first, "all_gather over attn_dp", "all_to_all over tp"]
+    )  # fmt: skip
+    assert logits(attn_cp_size=2, dp_size=2, dp_lm_head=True) == (
+        (T, "attn_tp"), [first, "all_gather over attn_tp"]
+    )  # fmt: skip
+    assert logits(attn_cp_size=4, dp_size=2, dp_lm_head=True) == ((T, None), [first])
+
+
+@pytest.mark.row("S8")
+def test_attention_that_gathers_inside_pads_rows_to_the_parts_alone():
+    sparse = ModelLayers("Sparse", sparse=(True, True), gathers_in_attention=True)
+    plan = plan_of(sparse, tp_size=8, attn_cp_size=2, a2a=True, disable=True)
+    assert (plan.row_multiple, plan.require_attn_tp_gather) == (2, False)
+    inside = next(stage for stage in plan.stages() if stage.where == "attention")
+    assert [str(one) for one in inside.collectives] == [
+        "all_gather over attn_tp", "all_gather over attn_cp", "reduce_scatter over attn_tp"
+    ]  # fmt: skip
+
+
 @pytest.mark.row("S9")
 def test_dense_layers_on_the_attention_group_keep_rows_and_stream_as_they_are():
     plan = plan_of(DENSE, tp_size=8, dp_size=2, moe_dense_tp_size=4, dp_lm_head=True)
