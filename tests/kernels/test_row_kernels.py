@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from kernels.decode_rows import Rows, close_rows, likeliest, likeliest_reference, open_rows
+from kernels.latent_prepare import latent_keys, turn_queries, turned_reference
 from kernels.narrow_linear import Tiles, narrow_linear, narrow_linear_reference
 from kernels.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
 from kernels.rope_rows import rope_rows, rope_rows_reference
@@ -172,3 +173,53 @@ def test_a_narrow_product_equals_its_reference(num_rows, num_in, num_out, splits
     weight = numbers(num_out, num_in, dtype=torch.float32, device=device, seed=1) / num_in**0.5
     out = narrow_linear(x, weight, tiles=Tiles(64, 32, splits, 2, 4))
     assert_near(out, narrow_linear_reference(x, weight))
+
+
+def rotation_of(num_rows: int, half: int, dtype: torch.dtype, device: str) -> torch.Tensor:
+    angle = numbers(num_rows, half, dtype=torch.float32, device=device, seed=9)
+    return torch.stack((angle.cos(), -angle.sin(), angle.sin()), 1).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(("num_query", "rank", "half"), [(0, 16, 1), (24, 20, 5), (100, 64, 32)])
+def test_latents_and_keys_equal_their_reference(num_query, rank, half, interleaved, dtype, device):
+    kind = {"dtype": dtype, "device": device}
+    x = numbers(3, num_query + rank + 2 * half, **kind)
+    query_norm = numbers(num_query, **kind, seed=1) if num_query else None
+    latent_norm = numbers(rank, **kind, seed=2)
+    rotation = rotation_of(3, half, dtype, device)
+    query, row = latent_keys(
+        x, query_norm, latent_norm, rotation, eps=1e-6, interleaved=interleaved
+    )
+    parts = x.split((num_query, rank, 2 * half), 1)
+    if query_norm is None:
+        assert query is None
+    else:
+        assert_near(query, rms_norm_reference(parts[0], query_norm, eps=1e-6))
+    assert_near(row[:, :rank], rms_norm_reference(parts[1], latent_norm, eps=1e-6))
+    turned = turned_reference(parts[2].unsqueeze(1), rotation, interleaved=interleaved)
+    assert_near(row[:, rank:], turned.squeeze(1))
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(("num_heads", "half"), [(1, 1), (5, 3), (33, 32)])
+def test_queries_are_turned_and_the_rest_is_left_alone(num_heads, half, interleaved, device):
+    kind = {"dtype": torch.float32, "device": device}
+    x, q = (
+        numbers(2, num_heads, 7 + 2 * half, **kind),
+        torch.ones(2, num_heads, 9 + 2 * half, **kind),
+    )
+    rotation = rotation_of(2, half, torch.float32, device)
+    turn_queries(x, rotation, q, interleaved=interleaved)
+    assert (q[..., :9] == 1).all()
+    assert_near(q[..., 9:], turned_reference(x[..., 7:], rotation, interleaved=interleaved))
+
+
+def test_latents_of_another_width_are_refused(device):
+    rotation = rotation_of(1, 2, torch.float32, device)
+    with pytest.raises(ValueError, match="rows of 11 are not 0 for queries, 8 and 4 rotated"):
+        latent_keys(
+            torch.zeros(1, 11, device=device), None, torch.ones(8, device=device), rotation,
+            eps=1e-6, interleaved=True,
+        )  # fmt: skip

@@ -103,3 +103,32 @@ def rope_rows(
     from kernels.rope_rows import rope_rows as launch
 
     launch(x_TND, norm_RD, rotation_T3C, out_TND, num_rotated=num_rotated, eps=eps)
+
+
+def latent_keys(
+    x_TP: Tensor,
+    query_norm_Q: Tensor | None,
+    latent_norm_R: Tensor,
+    rotation_T3C: Tensor,
+    *,
+    eps: float,
+    interleaved: bool,
+) -> tuple[Tensor | None, Tensor]:
+    """On a GPU only: see `workers.layers.latent_attention` for elsewhere."""
+    from kernels.latent_prepare import latent_keys as launch
+
+    return launch(
+        x_TP.contiguous(),
+        query_norm_Q,
+        latent_norm_R,
+        rotation_T3C,
+        eps=eps,
+        interleaved=interleaved,
+    )
+
+
+def turn_queries(x_THX: Tensor, rotation_T3C: Tensor, q_THW: Tensor, *, interleaved: bool) -> None:
+    """On a GPU only."""
+    from kernels.latent_prepare import turn_queries as launch
+
+    launch(x_THX.contiguous(), rotation_T3C, q_THW, interleaved=interleaved)

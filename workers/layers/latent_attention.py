@@ -25,6 +25,7 @@ from parallel.plan import Place, Rows
 from workers.batch import Attention, IndexRows
 from workers.cache import RowShapes
 from workers.errors import BadModelConfig
+from workers.layers import fast
 from workers.layers.build import Build, even_share
 from workers.layers.linear import ColumnParallelLinear, Columns, RowParallelLinear, even_columns
 from workers.layers.norm import LayerNorm, RMSNorm
@@ -130,25 +131,13 @@ class LatentAttention:
         while this part's queries are computed.
         """
         latent, num_rows = self._latent, x_TD.shape[0]
-        parts = self._compress.forward(x_TD).split_with_sizes(
-            (latent.query_rank or 0, latent.rank, self._rotated_dim), 1
-        )
-        latent_TR = self._latent_norm.forward(parts[1].contiguous())
-        key_T1D = self._turn(parts[2].unsqueeze(1), rotation)
-        kept = [latent_TR, key_T1D.squeeze(1)]
+        query_TQ, kept_TC = self._compressed(x_TD, rotation)
         index_weight_TJ = None
         if self._indexer is not None:
             index_key_TE, index_weight_TJ = self._indexer.keys(x_TD, rotation)
-            kept.append(index_key_TE)
-        kept_TC = torch.cat(kept, 1)
+            kept_TC = torch.cat((kept_TC, index_key_TE), 1)
         pending = None if context is None else context.start(kept_TC)
-        query_TQ = x_TD
-        if self._query_norm is not None:
-            query_TQ = self._query_norm.forward(parts[0].contiguous())
-        query_THX = self._query.forward(query_TQ).view(num_rows, self._num_heads, self._query_dim)
-        plain_THN, turned_THD = query_THX.split_with_sizes((latent.plain_dim, self._rotated_dim), 2)
-        absorbed_HTR = torch.bmm(plain_THN.transpose(0, 1), self._keys_HNR)
-        turned_THD = self._turn(turned_THD, rotation)
+        q_THW = self._queries(query_TQ, rotation)
         kept_UC = kept_TC if pending is None else pending.wait()
         row_UW, index_key_UE = kept_UC.tensor_split((latent.rank + self._rotated_dim,), 1)
         index = None
@@ -158,7 +147,7 @@ class LatentAttention:
             index = IndexRows(index_q_TJE, index_weight_TJ, index_key_UE, num_chosen)
         out_THR = attention.attend_latent(
             self._layer,
-            torch.cat((absorbed_HTR.transpose(0, 1), turned_THD), 2),
+            q_THW,
             row_UW,
             num_values=latent.rank,
             scale=latent.scale,
@@ -166,6 +155,43 @@ class LatentAttention:
         )
         out_HTV = torch.bmm(out_THR.transpose(0, 1), self._values_HRV)
         return out_HTV.transpose(0, 1).reshape(num_rows, self._num_heads * latent.value_dim)
+
+    def _compressed(self, x_TD: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+        """What queries are made from (T, Q), and what is kept of the rows (T, W)."""
+        latent, query_norm = self._latent, self._query_norm
+        parts_TP = self._compress.forward(x_TD)
+        if parts_TP.is_cuda:
+            query_TQ, row_TW = fast.latent_keys(
+                parts_TP,
+                None if query_norm is None else query_norm.weight_D,
+                self._latent_norm.weight_D,
+                rotation.rows_T3C,
+                eps=NORM_EPS,
+                interleaved=latent.is_interleaved,
+            )
+            return x_TD if query_TQ is None else query_TQ, row_TW
+        query_TQ, latent_TR, key_TD = parts_TP.split_with_sizes(
+            (latent.query_rank or 0, latent.rank, self._rotated_dim), 1
+        )
+        key_TD = self._turn(key_TD.unsqueeze(1), rotation).squeeze(1)
+        row_TW = torch.cat((self._latent_norm.forward(latent_TR), key_TD), 1)
+        return x_TD if query_norm is None else query_norm.forward(query_TQ), row_TW
+
+    def _queries(self, query_TQ: Tensor, rotation: Rotation) -> Tensor:
+        """What every head asks of the tokens' rows (T, H, W)."""
+        latent, num_rows = self._latent, query_TQ.shape[0]
+        query_THX = self._query.forward(query_TQ).view(num_rows, self._num_heads, self._query_dim)
+        plain_HTN = query_THX[:, :, : latent.plain_dim].transpose(0, 1)
+        if query_THX.is_cuda:
+            width = latent.rank + self._rotated_dim
+            q_THW = query_THX.new_empty(num_rows, self._num_heads, width)
+            torch.bmm(plain_HTN, self._keys_HNR, out=q_THW[:, :, : latent.rank].transpose(0, 1))
+            rows_T3C, interleaved = rotation.rows_T3C, latent.is_interleaved
+            fast.turn_queries(query_THX, rows_T3C, q_THW, interleaved=interleaved)
+            return q_THW
+        absorbed_HTR = torch.bmm(plain_HTN, self._keys_HNR)
+        turned_THD = self._turn(query_THX[:, :, latent.plain_dim :], rotation)
+        return torch.cat((absorbed_HTR.transpose(0, 1), turned_THD), 2)
 
     def _turn(self, x_TXD: Tensor, rotation: Rotation) -> Tensor:
         return rotation.apply(_halved(x_TXD) if self._latent.is_interleaved else x_TXD.contiguous())
