@@ -2,7 +2,13 @@ import pytest
 import torch
 
 from kernels.fused_moe import Tiles, choose_tiles, fused_moe, fused_moe_reference
-from kernels.route_experts import count_choices, route_experts, route_experts_reference
+from kernels.route_experts import (
+    count_choices,
+    route_experts,
+    route_experts_reference,
+    route_groups,
+)
+from workers.layers.moe import route_in_groups
 
 # NOTE: the interpreter multiplies the bits of bfloat16 as if they were integers.
 DTYPES = [torch.float32, torch.bfloat16 if torch.cuda.is_available() else torch.float16]
@@ -63,6 +69,35 @@ def test_experts_equal_the_reference(num_rows, first, num_real, tiles, dtype, de
     places = {"first": first, "num_real": num_real}
     out = fused_moe(x, weights, experts, gate_up, down, **places, tiles=tiles)
     assert_near(out, fused_moe_reference(x, weights, experts, gate_up, down, **places))
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("normalise", [True, False])
+@pytest.mark.parametrize(
+    ("num_experts", "num_groups", "num_open", "num_chosen"),
+    [(1, 1, 1, 1), (6, 1, 1, 3), (12, 3, 2, 5), (64, 8, 4, 8), (5, 5, 3, 3)],
+)
+def test_a_choice_in_groups_equals_the_reference(
+    num_experts, num_groups, num_open, num_chosen, normalise, has_bias, device
+):
+    kind = {"dtype": torch.float32, "device": device}
+    logits = numbers(9, num_experts, seed=4, **kind)
+    bias = numbers(num_experts, seed=5, **kind) if has_bias else None
+    groups = {"num_groups": num_groups, "num_groups_chosen": num_open}
+    options = {**groups, "normalise": normalise, "scale": 2.5}
+    weights, experts = route_groups(logits, bias, num_chosen, **options)
+    scores = logits.sigmoid() if has_bias else logits.softmax(-1)
+    expected = route_in_groups(scores, bias, num_chosen, **options)
+    assert experts.tolist() == expected.expert_TK.tolist()
+    assert_near(weights, expected.weight_TK)
+
+
+def test_a_choice_of_more_than_the_open_groups_have_is_refused(device):
+    with pytest.raises(ValueError, match="5 of 8 experts in 1 of 2 groups"):
+        route_groups(
+            torch.zeros(1, 8, device=device), None, 5, num_groups=2, num_groups_chosen=1,
+            normalise=False, scale=1.0,
+        )  # fmt: skip
 
 
 def test_one_expert_may_have_all_rows(device):

@@ -108,7 +108,20 @@ def route(logits_TE: Tensor, num_chosen: int, *, normalise: bool) -> Routing:
 
 
 def route_as_deepseek(logits_TE: Tensor, bias_E: Tensor | None, moe: MoeConfig) -> Routing:
-    """From float32 scores: V3's choice if there is a bias, else V2's."""
+    """From float32 logits: V3's choice if there is a bias, else V2's."""
+    if logits_TE.is_cuda:
+        from kernels.route_experts import route_groups  # Triton: only with a GPU
+
+        made = route_groups(
+            logits_TE,
+            bias_E,
+            moe.num_experts_per_token,
+            num_groups=moe.num_groups,
+            num_groups_chosen=moe.num_groups_chosen,
+            normalise=moe.norm_topk_prob,
+            scale=moe.scale,
+        )
+        return Routing(*made)
     return route_in_groups(
         logits_TE.softmax(-1) if bias_E is None else logits_TE.sigmoid(),
         bias_E,
