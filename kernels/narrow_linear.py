@@ -97,9 +97,14 @@ def _add_parts_kernel(
 
 
 def narrow_linear(
-    x_TK: Tensor, weight_NK: Tensor, *, tiles: Tiles, out_dtype: torch.dtype | None = None
+    x_TK: Tensor,
+    weight_NK: Tensor,
+    *,
+    tiles: Tiles,
+    out_dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """(T, N)."""
+    """(T, N); written to `out` where the caller has a place for it."""
     num_rows, num_in = x_TK.shape
     num_out = weight_NK.shape[0]
     refuse_unless(
@@ -111,7 +116,12 @@ def narrow_linear(
         x_TK.is_contiguous() and weight_NK.is_contiguous(), "x and weight must be contiguous"
     )
     device, pdl = x_TK.device, has_pdl(x_TK)
-    out = torch.empty(num_rows, num_out, dtype=out_dtype or x_TK.dtype, device=device)
+    if out is None:
+        out = torch.empty(num_rows, num_out, dtype=out_dtype or x_TK.dtype, device=device)
+    refuse_unless(
+        out.shape == (num_rows, num_out) and out.is_contiguous(),
+        f"out {tuple(out.shape)} must be contiguous and {(num_rows, num_out)}",
+    )
     target = out
     if tiles.splits > 1:
         target = torch.empty(tiles.splits, num_rows, num_out, dtype=torch.float32, device=device)

@@ -55,7 +55,6 @@ class PeerMemory:
         self._staging_N, _ = shared(STAGED_ROWS * num_cols, dtype)
         words_N, addresses = shared(inbox_words(world, PUSH_ROWS, num_cols), torch.int64)
         torch.cuda.synchronize(device)
-        dist.barrier(group)  # nobody writes into an inbox before it is empty
         self.inbox = Inbox(
             words_N,
             torch.tensor(addresses, dtype=torch.int64, device=device),
@@ -145,6 +144,7 @@ def _meet(
         peers = PeerMemory(transport.process_group, device, num_cols, dtype)
     except Exception as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
+    # NOTE: it is also a barrier: nobody writes into an inbox before it is empty.
     everyone = torch.tensor([float(peers is not None)], device=device)
     transport.all_reduce(everyone)
     if everyone.item() == group.size:

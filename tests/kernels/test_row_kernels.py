@@ -37,6 +37,9 @@ def test_norms_equal_their_references(num_rows, num_cols, dtype, device):
     out = add_rms_norm(x, mine, weight, eps=1e-6)
     assert_near(out, add_rms_norm_reference(x, theirs, weight, eps=1e-6))
     assert_near(mine, theirs)
+    place = torch.empty_like(out)
+    assert add_rms_norm(x, residual.clone(), weight, eps=1e-6, out=place) is place
+    assert torch.equal(place, out)
 
 
 def test_a_norm_refuses_what_does_not_fit(device):
@@ -171,8 +174,12 @@ def test_a_skinny_product_equals_its_reference(num_rows, num_in, num_out, gated,
 def test_a_narrow_product_equals_its_reference(num_rows, num_in, num_out, splits, device):
     x = numbers(num_rows, num_in, dtype=torch.float32, device=device)
     weight = numbers(num_out, num_in, dtype=torch.float32, device=device, seed=1) / num_in**0.5
-    out = narrow_linear(x, weight, tiles=Tiles(64, 32, splits, 2, 4))
+    tiles = Tiles(64, 32, splits, 2, 4)
+    out = narrow_linear(x, weight, tiles=tiles)
     assert_near(out, narrow_linear_reference(x, weight))
+    place = torch.empty_like(out)
+    assert narrow_linear(x, weight, tiles=tiles, out=place) is place
+    assert torch.equal(place, out)
 
 
 def rotation_of(num_rows: int, half: int, dtype: torch.dtype, device: str) -> torch.Tensor:

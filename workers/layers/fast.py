@@ -17,8 +17,8 @@ def linear(
 
         if fits(x_TK):
             return skinny_linear(x_TK.contiguous(), weight_NK, bias_N, out=out)
-        if out is None and bias_N is None and x_TK.dtype != torch.float32:
-            return _narrow_or_wide(x_TK, weight_NK)
+        if bias_N is None and x_TK.dtype != torch.float32:
+            return _narrow_or_wide(x_TK, weight_NK, out)
     if out is None:
         return functional.linear(x_TK, weight_NK, bias_N)
     if bias_N is None:
@@ -26,14 +26,16 @@ def linear(
     return torch.addmm(bias_N, x_TK, weight_NK.t(), out=out)
 
 
-def _narrow_or_wide(x_TK: Tensor, weight_NK: Tensor) -> Tensor:
+def _narrow_or_wide(x_TK: Tensor, weight_NK: Tensor, out: Tensor | None) -> Tensor:
     from kernels.narrow_linear import choose_tiles, narrow_linear
 
     (num_rows, num_in), num_out = x_TK.shape, weight_NK.shape[0]
     tiles = choose_tiles(num_rows, num_in, num_out) if num_rows else None
-    if tiles is None:
+    if tiles is not None:
+        return narrow_linear(x_TK.contiguous(), weight_NK, tiles=tiles, out=out)
+    if out is None:
         return functional.linear(x_TK, weight_NK)
-    return narrow_linear(x_TK.contiguous(), weight_NK, tiles=tiles)
+    return torch.mm(x_TK, weight_NK.t(), out=out)
 
 
 def gated_linear(x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
