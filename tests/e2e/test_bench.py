@@ -1,10 +1,11 @@
-"""`lockstep bench serve` against the whole line, as a user runs it."""
+"""Benchmarks as a user runs them: `lockstep bench serve` against the whole line, and others."""
 
 import json
 
 import pytest
 
 from deployments.cli import main
+from tests.bench import bench_context
 from tests.e2e.conftest import deployed
 
 pytestmark = pytest.mark.timeout(240)
@@ -49,3 +50,13 @@ def test_a_file_of_chats_at_a_rate(url, tmp_path):
     assert (figures["completed"], figures["failed"]) == (8, 0)
     assert figures["duration"] >= 0.4
     assert 0 < figures["total_output_tokens"] <= 8 * 12
+
+
+@pytest.mark.timeout(120)
+def test_bench_context_measures_a_replica_in_parts(capfd):
+    words = ["--device", "cpu", "--model", "", "--prompt", "100", "--budget", "64"]
+    assert bench_context.main([*words, "--layouts", "0"]) == 0
+    [told] = map(json.loads, capfd.readouterr().out.splitlines())
+    assert (told["tp_size"], told["attn_cp_size"], told["prompt"]) == (2, 2, 100)
+    assert told["prefill_s"] > 0
+    assert told["tpot_ms"] > 0
