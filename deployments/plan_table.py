@@ -121,7 +121,7 @@ def _consequences(plan: Plan) -> Iterator[str]:
         yield f"rows       of a replica are padded to a multiple of {multiple}, {what}"
     if num_parts > 1:
         yield f"context    prompts are cut zigzag over {num_parts} parts, decodes are dealt out;"
-        yield "           keys and values are gathered while queries are computed"
+        yield "           what rows leave in the cache is gathered while queries are computed"
     if plan.crosses_replicas:
         yield "padding    MAX_LEN or SUM_LEN, in the step's header: no collective agrees on it"
     if plan.collectives:

@@ -39,11 +39,25 @@ def test_the_plan_is_a_table(capsys):
     assert capsys.readouterr().out == TWO_REPLICAS
 
 
+@pytest.mark.row("S7")
+def test_a_replica_in_parts_says_so(capsys):
+    assert main(["plan", "--tp-size", "4", "--attn-cp-size", "2"]) == 0
+    told = capsys.readouterr().out
+    assert "on 4 ranks: attention 1 x 2 x 2, experts" in told
+    assert "rows       of a replica are padded to a multiple of 4, its ranks" in told
+    assert "context    prompts are cut zigzag over 2 parts, decodes are dealt out;" in told
+    lines = [line.split() for line in told.splitlines()]
+    attention = [line for line in lines if line[1:3] == ["attention", "TP_ATTN_FULL"]]
+    assert [line[3:] for line in attention] == [["all_gather", "attn_cp", "(2)"]] * 2
+    assert main(["plan", "--tp-size", "2", "--attn-cp-size", "2"]) == 0
+    assert "padded to a multiple of 2, its parts" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
         (["--tp-size", "3"], "4 attention heads do not divide over 3 ranks"),
-        (["--tp-size", "2", "--attn-cp-size", "2"], "context parallelism is not offered yet"),
+        (["--tp-size", "4", "--attn-cp-size", "3"], "tp_size=4 does not divide by attn_cp_size=3"),
         (["--tp-size", "2", "--moe-dense-tp-size", "3"], "moe_dense_tp_size=3 must be unset or"),
         (["--tp-size", "2", "--moe-a2a-backend", "torch"], "set ep_size to 2"),
     ],
