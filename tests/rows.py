@@ -306,10 +306,10 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation(
         "S7",
-        "a part that has no rows does not gather latents",
+        "a part keeps its own latents alone",
         "workers/layers/latent_attention.py",
-        "        num_read = num_here if context is None else context.num_rows\n",
-        "        num_read = num_here\n",
+        "        pending = None if context is None else context.start(kept_TC)\n",
+        "        pending = None\n",
     ),
     Mutation(
         "S14",
