@@ -233,7 +233,9 @@ class GpuAttention(ProjectionAttention):
         """Every row, of decodes and of chunks, over the tokens that suit it best."""
         num_rows, num_heads, _ = q_THW.shape
         q_TJE, weight_TJ = index.q_TJE.contiguous(), index.weight_TJ.contiguous()
-        at_once = num_rows if self._blocks_M4 is None else max(1, SCORES_AT_ONCE // self._longest)
+        at_once = num_rows
+        if self._blocks_M4 is not None:  # what is chosen takes room too: values, and wider numbers
+            at_once = max(1, SCORES_AT_ONCE // (self._longest + 4 * index.num_chosen))
         for first in range(0, num_rows, at_once):
             rows = slice(first, first + at_once)
             slots_T, positions_T = self._slots_T[rows], self._positions_T[rows]
