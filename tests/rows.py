@@ -375,6 +375,27 @@ MUTATIONS: tuple[Mutation, ...] = (
         "    return x\n",
     ),
     Mutation(
+        "S13",
+        "buckets are captured at another size than their own",
+        "workers/graphs.py",
+        "        rows = self._rows(bucket)\n",
+        "        rows = self._rows(self.buckets[-1])\n",
+    ),
+    Mutation(
+        "S13",
+        "parts of a sequence are added up as if all weighed the same",
+        "kernels/paged_decode.py",
+        "        shrink, grow = tl.exp2(highest - new_highest), tl.exp2(weight - new_highest)\n",
+        "        shrink, grow = tl.exp2(highest - highest), tl.exp2(weight - weight)\n",
+    ),
+    Mutation(
+        "S13",
+        "the draw of a row depends on where in the batch it stands",
+        "kernels/draw.py",
+        "    position = zero + tl.load(position_ptr + row).to(tl.int32)\n",
+        "    position = zero + row.to(tl.int32) + tl.load(position_ptr + row).to(tl.int32)\n",
+    ),
+    Mutation(
         "C1",
         "a stream ends without [DONE]",
         "deployments/ingress.py",

@@ -4,6 +4,8 @@ import torch
 from kernels.draw import draw, draw_reference
 from kernels.truncate import kept_reference, lowest_kept
 
+pytestmark = pytest.mark.row("S13")
+
 
 def logits_of(num_rows: int, vocab_size: int, device: str) -> torch.Tensor:
     generator = torch.Generator().manual_seed(num_rows)

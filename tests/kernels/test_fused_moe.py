@@ -10,6 +10,8 @@ from kernels.route_experts import (
 )
 from workers.layers.moe import route_in_groups
 
+pytestmark = pytest.mark.row("S13")
+
 # NOTE: the interpreter multiplies the bits of bfloat16 as if they were integers.
 DTYPES = [torch.float32, torch.bfloat16 if torch.cuda.is_available() else torch.float16]
 

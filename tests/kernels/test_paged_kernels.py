@@ -7,6 +7,8 @@ from kernels.paged_attention import paged_attention_reference
 from kernels.paged_decode import Cut, cut_sequences, num_shares_of, paged_decode
 from kernels.paged_prefill import cut_chunks, paged_prefill
 
+pytestmark = pytest.mark.row("S13")
+
 # NOTE: the interpreter multiplies the bits of bfloat16 as if they were integers.
 DTYPES = [torch.float32, torch.bfloat16 if torch.cuda.is_available() else torch.float16]
 SHAPES = [(4, 4, 16), (6, 2, 16), (3, 1, 24)]

@@ -14,6 +14,8 @@ from kernels.paged_latent import (
 )
 from kernels.split_kv import Split
 
+pytestmark = pytest.mark.row("S13")
+
 DTYPES = [torch.float32, torch.bfloat16 if torch.cuda.is_available() else torch.float16]
 PAGE, NUM_PAGES = 16, 40
 SHAPES = [(1, 16, 16), (4, 24, 8), (17, 40, 6), (70, 16, 10)]

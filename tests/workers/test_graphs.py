@@ -123,6 +123,21 @@ def test_decodes_fill_up_to_a_bucket_and_pads_touch_nobody():
         assert set(changed.nonzero()[:, 1].tolist()) == {1, 2, 4, NUM_PAGES}
 
 
+@pytest.mark.row("S13")
+def test_every_bucket_is_run_at_its_own_size_before_ready_and_no_other_size_is_replayed():
+    """Kernels are compiled, chosen by size and captured at exactly the rows that steps launch."""
+    model = LoggingModel()
+    runner = new_runner(model, max_num_seqs=20)
+    assert runner.buckets == (1, 2, 3, 4, 5, 6, 7, 8, 16, 20)
+    assert model.num_rows[-len(runner.buckets) :] == list(reversed(runner.buckets))
+    body = entering(0, [5], Sampling(temperature=0.0), [0, 1, 2])
+    runner.finish(runner.launch(header(1, 1), body, 0))
+    for bucket in runner.buckets:
+        model.num_rows.clear()
+        runner.finish(runner.launch(decoding(1, bucket), Body(), 0))
+        assert model.num_rows == [bucket]
+
+
 def test_a_bucket_that_does_not_exist_is_refused():
     runner = new_runner()
     runner.launch(header(1, 1), entering(0, [1], Sampling(temperature=0.0), [0]), 0)
