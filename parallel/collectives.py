@@ -83,7 +83,10 @@ def all_reduce_add_norm(
 
 
 def _record_peer_sum(group: Group, x: Tensor, path: str) -> None:
-    group.ledger.record(Call("all_reduce", group.name, x.shape, group.is_shared, "chosen", path))
+    shape, is_shared = x.shape, group.is_shared
+    group.ledger.record(
+        Call("all_reduce", group.name, shape, is_shared, "chosen", reason=path, way=path)
+    )
 
 
 def all_gather_rows(

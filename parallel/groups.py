@@ -82,6 +82,8 @@ class Call(NamedTuple):
     """Why it is not symmetric."""
     places: tuple[tuple[str, int], ...] = ()
     """(slot, offset) of what it reads and what it writes."""
+    way: str = ""
+    """Which of several ways to sum; ranks that took different ones would wait for each other."""
 
 
 PathCounts = Counter[tuple[str, str, str, str]]
@@ -185,7 +187,7 @@ def digest_of(calls: Sequence[Call]) -> bytes:
 
 
 def _digest(calls: Sequence[Call]) -> bytes:
-    text = ";".join(f"{c.op} {c.group} {tuple(c.shape)} {c.path} {c.places}" for c in calls)
+    text = ";".join(f"{c.op} {c.group} {tuple(c.shape)} {c.path} {c.places} {c.way}" for c in calls)
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 

@@ -90,10 +90,11 @@ class SlotMemory(NamedTuple):
 
 
 def use_symmetric_memory(
-    group: Group, role: Role = "reduced", *, op: Op = "all_reduce", disabled: bool = False
+    group: Group, role: Role, *, op: Op, disabled: bool = False
 ) -> SlotMemory | None:
     """Where the tensor of a collective over `group` is to lie; None where ordinary memory will do.
 
+    `op` reads or writes it: an all-reduce alone may be quicker from ordinary memory at some sizes.
     `disabled` is the caller's gate, for what is not equally large on all ranks.
     """
     if not group.arena.is_open or disabled or group.size == 1 or group.spans_nodes:
@@ -107,11 +108,12 @@ def place_in_slot(
     like: Tensor,
     *,
     role: Role = "reduced",
-    op: Op = "all_reduce",
+    op: Op,
 ) -> Tensor | None:
     """Where to write what is then summed over `group`; None where ordinary memory will do.
 
-    `op` is how it will be summed: a reduce-scatter reads the arena's slot whatever the size.
+    `op` is how it will be summed: a reduce-scatter reads the arena's slot whatever the size. There
+    is no default, because another one's is where a gather's input went missing.
     """
     if group.size == 1:
         return None
@@ -125,11 +127,11 @@ def place_in_slot(
     return None if memory is None else memory.empty(shape, like)
 
 
-def moved_to_slot(x: Tensor, group: Group, *, role: Role) -> Tensor:
+def moved_to_slot(x: Tensor, group: Group, *, role: Role, op: Op) -> Tensor:
     """`x`, copied to the slot if it lies elsewhere: for producers that cannot write there."""
     if group.size == 1 or (group.arena.is_open and group.arena.find(x) is not None):
         return x
-    place = place_in_slot(group, x.shape, x, role=role)
+    place = place_in_slot(group, x.shape, x, role=role, op=op)
     return x if place is None else place.copy_(x)
 
 

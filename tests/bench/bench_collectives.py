@@ -106,7 +106,7 @@ def fused(
         return push_reduce_rms_norm(x_TD, stream_now, weight_D, peers.inbox, eps=EPS)
 
     def one_by_one(x_TD: Tensor) -> Tensor:
-        place = place_in_slot(group, x_TD.shape, x_TD)
+        place = place_in_slot(group, x_TD.shape, x_TD, op="all_reduce")
         x_TD = x_TD if place is None else place.copy_(x_TD)
         return add_rms_norm(all_reduce(x_TD, group), stream_now, weight_D, eps=EPS)
 

@@ -119,8 +119,8 @@ def test_a_gather_that_is_not_waited_for_ends_the_step():
 def test_another_groups_memory_is_refused_before_the_gather_begins():
     def body(rank, groups):
         x = torch.ones(2, 4)
-        foreign = use_symmetric_memory(groups.tp, "cp_in").empty(x.shape, x)
-        out = use_symmetric_memory(groups.attn_cp, "cp_kv").empty((4, 4), x)
+        foreign = use_symmetric_memory(groups.tp, "cp_in", op="all_gather").empty(x.shape, x)
+        out = use_symmetric_memory(groups.attn_cp, "cp_kv", op="all_gather").empty((4, 4), x)
         with pytest.raises(SymmetryError, match=r"all_gather over attn_cp .* declared for tp"):
             start_all_gather_rows(foreign, groups.attn_cp, out=out)
         with pytest.raises(ValueError, match="overlap"):

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parallel.collectives import all_reduce, all_reduce_add_norm
+from parallel.arena import ModelSizes, lay_out, logit_needs, model_needs
+from parallel.collectives import all_gather_columns, all_reduce, all_reduce_add_norm
 from parallel.layout import Layout
 from parallel.sums import PATHS, SumTable, agreed_table
 from parallel.symmetric import moved_to_slot, place_in_slot
@@ -75,6 +76,11 @@ class Peers:
         return residual_TD * weight_D
 
 
+class EveryWay(Peers):
+    def takes(self, path, x):
+        return True
+
+
 def run(table: SumTable, body):
     def on_rank(rank, groups):
         groups.tp.sums.open(table, Peers(groups.tp))
@@ -98,10 +104,11 @@ def test_rows_are_pushed_from_wherever_they_lie():
 
 def test_a_product_is_written_where_two_rounds_read_it():
     def body(rank, tp):
-        place = place_in_slot(tp, (2, 3), torch.empty(0))
+        place = place_in_slot(tp, (2, 3), torch.empty(0), op="all_reduce")
         assert place.data_ptr() == tp.sums.peers.buffer.data_ptr()
         assert place_in_slot(tp, (2, 3), torch.empty(0), op="reduce_scatter") is None
-        assert moved_to_slot(torch.ones(2, 3), tp, role="reduced").data_ptr() == place.data_ptr()
+        moved = moved_to_slot(torch.ones(2, 3), tp, role="reduced", op="all_reduce")
+        assert moved.data_ptr() == place.data_ptr()
         staged = all_reduce(place.fill_(rank + 1.0), tp).clone()
         return staged, all_reduce(torch.full((2, 3), rank + 1.0), tp)
 
@@ -123,3 +130,36 @@ def test_sum_residual_and_norm_are_one_only_where_pushing_is_quickest():
         assert normal is None
         assert (stream == 1.0).all()
         assert counts == {}
+
+
+@pytest.mark.parametrize("best", ["ring", "symmetric"])
+def test_logits_are_gathered_from_the_arena_however_quick_a_sum_of_their_size_is(best):
+    sizes = ModelSizes(8, 16, 4, num_rows=4, num_logit_rows=4)
+    needs = model_needs(TWO, sizes, [("all_reduce", "attn_tp")])
+    plan = lay_out([*needs, *logit_needs(TWO, sizes, spans_replicas=False)], TWO)
+    times = {"ring": (2.0,), "symmetric": (2.0,)} | {best: (1.0,)}
+
+    def body(rank, groups):
+        groups.arena.open(plan, groups.by_name(), torch.device("cpu"), is_strict=True)
+        group = groups.attn_tp
+        group.sums.open(SumTable((10**9,), times), None)
+        mine = moved_to_slot(torch.full((4, 8), float(rank)), group, role="logits", op="all_gather")
+        whole = all_gather_columns(mine, group, role="all_logits")
+        groups.ledger.take()
+        return whole, dict(groups.ledger.counts)
+
+    for whole, counts in run_thread_world(TWO, body):
+        assert (whole[:, :8] == 0).all()
+        assert (whole[:, 8:] == 1).all()
+        assert list(counts) == [("attn_tp", "all_gather", "symmetric", "")]
+
+
+def test_ranks_that_sum_in_different_ways_have_different_digests():
+    def body(rank, groups):
+        table = always(("push", "two_shot")[rank])
+        groups.tp.sums.open(table, EveryWay(groups.tp))
+        all_reduce(torch.ones(2, 3), groups.tp)
+        return groups.ledger.take()
+
+    first, second = run_thread_world(TWO, body)
+    assert first != second

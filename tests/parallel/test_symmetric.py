@@ -31,7 +31,7 @@ ROW = torch.ones(1, 8)
 
 
 def in_slot(group, x, role="reduced"):
-    memory = use_symmetric_memory(group, role)
+    memory = use_symmetric_memory(group, role, op="all_reduce")
     assert memory is not None
     return memory.empty(x.shape, x).copy_(x)
 
@@ -178,7 +178,9 @@ def test_an_uneven_step_keeps_its_attention_collectives_symmetric():
         num_rows = 1 + rank // 2
         all_reduce(in_slot(groups.attn_tp, ROW.repeat(num_rows, 1)), groups.attn_tp)
         disabled = not is_allocation_symmetric(groups.tp)
-        assert use_symmetric_memory(groups.tp, disabled=disabled) is None
+        assert (
+            use_symmetric_memory(groups.tp, "reduced", op="all_reduce", disabled=disabled) is None
+        )
         assert groups.arena.find(get_global_dp_buffer(groups.tp, (3, 8), ROW)) is None
         all_reduce(ROW.clone(), groups.tp)
         return paths(groups)
@@ -238,7 +240,7 @@ def test_a_group_over_nodes_uses_ordinary_memory_by_choice():
     layout = Layout(tp_size=4, dp_size=2, enable_dp_attention=True, ranks_per_node=2)
 
     def body(rank, groups):
-        assert use_symmetric_memory(groups.tp) is None
+        assert use_symmetric_memory(groups.tp, "reduced", op="all_reduce") is None
         all_reduce(ROW.clone(), groups.tp)
         all_reduce(in_slot(groups.attn_tp, ROW), groups.attn_tp)
         return paths(groups)
@@ -254,7 +256,7 @@ def test_a_size_that_is_measured_to_be_quicker_elsewhere_is_put_there():
         open_arena(groups, TWO)
         table = SumTable((32, 64), {"ring": (9.0, 9.0), "symmetric": (3.0, 11.0)})
         groups.tp.sums.open(table, None)
-        memory = use_symmetric_memory(groups.tp)
+        memory = use_symmetric_memory(groups.tp, "reduced", op="all_reduce")
         all_reduce(memory.empty((1, 8), ROW), groups.tp)
         all_reduce(memory.empty((2, 8), ROW), groups.tp)
         return [(path, reason) for _, _, path, reason in paths(groups)]
@@ -354,7 +356,7 @@ def test_ten_thousand_mixed_steps_register_nothing_and_agree_on_every_offset():
             groups.arena.rows_are_even = len(set(rows)) == 1
             for group, count in ((groups.attn_tp, rows[place]), (groups.tp, sum(rows))):
                 gate = not is_allocation_symmetric(group)
-                memory = use_symmetric_memory(group, disabled=gate)
+                memory = use_symmetric_memory(group, "reduced", op="all_reduce", disabled=gate)
                 x = ROW.new_empty(count, 8) if memory is None else memory.empty((count, 8), ROW)
                 num_wrong += not torch.equal(
                     all_reduce(x.fill_(1.0), group), torch.full_like(x, group.size)

@@ -64,7 +64,9 @@ class VocabParallelEmbedding:
         foreign_T = (ids_T < vocab.take.start) | (ids_T >= vocab.take.stop)
         local_T.masked_fill_(foreign_T, 0)
         shape = (local_T.shape[0], vocab.weight_VD.shape[1])
-        place_TD = place_in_slot(vocab.group, shape, vocab.weight_VD, role="embedded")
+        place_TD = place_in_slot(
+            vocab.group, shape, vocab.weight_VD, role="embedded", op="all_reduce"
+        )
         if place_TD is None:
             rows_TD = functional.embedding(local_T, vocab.weight_VD)
         else:
@@ -87,8 +89,9 @@ class LMHead:
         """
         if not self._spans_replicas:
             local_RV = head_linear(hidden_RD, self._vocab.weight_VD)
-            local_RV = moved_to_slot(local_RV, self._vocab.group, role="logits")
-            logits_RV = all_gather_columns(local_RV, self._vocab.group, role="all_logits")
+            group = self._vocab.group
+            local_RV = moved_to_slot(local_RV, group, role="logits", op="all_gather")
+            logits_RV = all_gather_columns(local_RV, group, role="all_logits")
             return logits_RV[:, : self._vocab_size].float()
         if num_logit_rows is None:
             raise PlanError(
