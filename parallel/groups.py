@@ -28,6 +28,11 @@ from parallel.sums import Sums
 class Transport(Protocol):
     """Collectives over one set of ranks; every member calls the same ones in the same order."""
 
+    @property
+    def process_group(self) -> dist.ProcessGroup | None:
+        """torch's own, beneath whatever wraps it on this rank; None on all members, or on none."""
+        ...
+
     def all_reduce(self, x: Tensor) -> None:
         """Sum `x` over the ranks, in place."""
         ...
@@ -286,46 +291,50 @@ class TorchTransport:
     """torch.distributed over gloo or NCCL."""
 
     def __init__(self, process_group: dist.ProcessGroup) -> None:
-        self.process_group = process_group
+        self._process_group = process_group
         self._side: torch.cuda.Stream | None = None
 
+    @property
+    def process_group(self) -> dist.ProcessGroup:
+        return self._process_group
+
     def all_reduce(self, x: Tensor) -> None:
-        dist.all_reduce(x, group=self.process_group)
+        dist.all_reduce(x, group=self._process_group)
 
     def all_gather(self, out: Tensor, x: Tensor) -> None:
-        _all_gather(out, x, group=self.process_group)
+        _all_gather(out, x, group=self._process_group)
 
     def start_all_gather(self, out: Tensor, x: Tensor) -> Callable[[], None]:
         """On a GPU on a stream of its own, which a graph's capture follows and joins."""
         if not x.is_cuda:
-            work = _all_gather(out, x, group=self.process_group, async_op=True)
+            work = _all_gather(out, x, group=self._process_group, async_op=True)
             return lambda: _finish(work)
         side = self._side
         if side is None:
             side = self._side = torch.cuda.Stream(x.device, priority=-1)
         side.wait_stream(torch.cuda.current_stream(x.device))
         with torch.cuda.stream(side):
-            _all_gather(out, x, group=self.process_group)
+            _all_gather(out, x, group=self._process_group)
         return lambda: torch.cuda.current_stream(x.device).wait_stream(side)
 
     def reduce_scatter(self, out: Tensor, x: Tensor) -> None:
-        _reduce_scatter(out, x, group=self.process_group)
+        _reduce_scatter(out, x, group=self._process_group)
 
     def all_to_all(self, out: Tensor, x: Tensor) -> None:
-        dist.all_to_all_single(out, x, group=self.process_group)
+        dist.all_to_all_single(out, x, group=self._process_group)
 
     def allocate(self, num_bytes: int, device: torch.device) -> Block:
         """On a GPU from NCCL's allocator, in a pool of its own; nothing else is ever put there."""
         if device.type != "cuda":
             return Block(torch.empty(num_bytes, dtype=torch.uint8))
-        backend = self.process_group._get_backend(device)
+        backend = self._process_group._get_backend(device)
         pool = torch.cuda.MemPool(backend.mem_allocator)  # pyright: ignore[reportAttributeAccessIssue]
         with torch.cuda.use_mem_pool(pool, device=device):
             return Block(torch.empty(num_bytes, dtype=torch.uint8, device=device), pool)
 
     def warm(self, device: torch.device) -> None:
         """NCCL opens a communicator at its first collective."""
-        dist.all_reduce(torch.zeros(1, device=device), group=self.process_group)
+        dist.all_reduce(torch.zeros(1, device=device), group=self._process_group)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
@@ -333,7 +342,7 @@ class TorchTransport:
         """NOTE: what the pool hands out later would be registered too, at once and collectively:
         the way peers hang. So nothing is taken from it but the arena."""
         if block.pool is not None:
-            backend = self.process_group._get_backend(block.bytes_N.device)
+            backend = self._process_group._get_backend(block.bytes_N.device)
             backend.register_mem_pool(block.pool, symm=True)  # pyright: ignore[reportAttributeAccessIssue]
 
 

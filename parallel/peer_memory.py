@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parallel.arena import SymmetryError
-from parallel.groups import Group, TorchTransport
+from parallel.groups import Group, Transport
 from parallel.sums import PATHS, SumPath, SumTable, agreed_table
 from parallel.symmetric import use_symmetric_memory
 
@@ -109,17 +109,8 @@ def open_sums(
 
     `groups` come in one order on all ranks; those with the same members share a communicator.
     """
-    opened: set[int] = set()
-    for group in groups:
-        transport = group.transport
-        if (
-            not isinstance(transport, TorchTransport)
-            or group.spans_nodes
-            or id(transport) in opened
-        ):
-            continue
-        opened.add(id(transport))
-        peers = _meet(group, transport, device, num_cols, dtype, say)
+    for group, process_group in communicators(groups):
+        peers = _meet(group, process_group, device, num_cols, dtype, say)
         table = measure(group, peers, device, num_cols, dtype)
         if peers is not None:
             from kernels.push_reduce import NUM_POLLS
@@ -130,9 +121,23 @@ def open_sums(
             say(f"sums over {group.name} {group.members}: {table.summary()}")
 
 
+def communicators(groups: Sequence[Group]) -> list[tuple[Group, dist.ProcessGroup]]:
+    """Each communicator of torch's inside one NVLink domain once, with the first of its groups.
+
+    NOTE: all members meet on it, so nothing that one rank alone knows may decide: not that a
+    transport is wrapped there, for a planted fault.
+    """
+    found: dict[dist.ProcessGroup, Group] = {}
+    for group in groups:
+        process_group = None if group.transport is None else group.transport.process_group
+        if process_group is not None and not group.spans_nodes:
+            found.setdefault(process_group, group)
+    return [(group, process_group) for process_group, group in found.items()]
+
+
 def _meet(
     group: Group,
-    transport: TorchTransport,
+    process_group: dist.ProcessGroup,
     device: torch.device,
     num_cols: int,
     dtype: torch.dtype,
@@ -141,12 +146,12 @@ def _meet(
     """Peer memory, if every member could set it up."""
     peers, reason = None, ""
     try:
-        peers = PeerMemory(transport.process_group, device, num_cols, dtype)
+        peers = PeerMemory(process_group, device, num_cols, dtype)
     except Exception as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
     # NOTE: it is also a barrier: nobody writes into an inbox before it is empty.
     everyone = torch.tensor([float(peers is not None)], device=device)
-    transport.all_reduce(everyone)
+    _transport(group).all_reduce(everyone)
     if everyone.item() == group.size:
         return peers
     say(
@@ -257,7 +262,7 @@ def is_right(way: Way, group: Group) -> bool:
     return right.item() == group.size
 
 
-def _transport(group: Group) -> TorchTransport:
-    if not isinstance(group.transport, TorchTransport):
-        raise TypeError(f"group {group.name} of ranks {group.members} has no communicator of torch")
+def _transport(group: Group) -> Transport:
+    if group.transport is None:
+        raise TypeError(f"group {group.name} of ranks {group.members} has no communicator")
     return group.transport

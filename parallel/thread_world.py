@@ -102,6 +102,8 @@ class _Meeting:
 class ThreadTransport:
     """One member's side of a meeting."""
 
+    process_group = None
+
     def __init__(self, meeting: _Meeting, place: int) -> None:
         self._meeting = meeting
         self._place = place

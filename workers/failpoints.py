@@ -3,6 +3,9 @@
 A fault fires at the first step, from its own on, at which it can: `corrupt_ids` and `poison` wait
 for a step that samples, `skip_collective` for one that communicates, `foreign_slot` (another
 group's) and `shifted_slot` (at another offset than on other ranks) for one that takes a slot.
+
+`skip_collective` leaves out what goes through a transport. A sum that GPUs make over their peers'
+memory does not: who plants it sets `all_reduce="nccl"`.
 """
 
 import os
@@ -12,6 +15,7 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -100,6 +104,11 @@ class Skipping:
 
     def __init__(self, inner: Transport, failpoints: Failpoints) -> None:
         self._inner, self._failpoints = inner, failpoints
+
+    @property
+    def process_group(self) -> dist.ProcessGroup | None:
+        """So that this rank sets up at start what its peers, who are not wrapped, set up."""
+        return self._inner.process_group
 
     def all_reduce(self, x: Tensor) -> None:
         if not self._failpoints.skips_a_collective():

@@ -220,7 +220,9 @@ def test_a_skipped_step_is_not_acked_and_the_next_is_refused(local, launch):
 
 
 def test_a_skipped_collective_leaves_the_peer_to_its_timeout(local, launch):
-    config = EngineConfig(tp_size=2, device="cpu", beat_ms=50, step_timeout_s=1.0)
+    config = EngineConfig(
+        tp_size=2, device="cpu", beat_ms=50, step_timeout_s=1.0, all_reduce="nccl"
+    )
     driver = launch(local, config, failpoints=[Failpoint("skip_collective", rank=1, step=0)])
     driver.handshake()
     driver.send_step()

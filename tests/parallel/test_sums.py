@@ -1,18 +1,24 @@
 """Which way ranks sum: the table's logic, and what layers do with what it says."""
 
 import math
+from datetime import timedelta
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
 from parallel.arena import ModelSizes, lay_out, logit_needs, model_needs
 from parallel.collectives import all_gather_columns, all_reduce, all_reduce_add_norm
+from parallel.groups import TorchTransport, build_groups
 from parallel.layout import Layout
+from parallel.peer_memory import communicators
 from parallel.sums import PATHS, SumTable, agreed_table
 from parallel.symmetric import moved_to_slot, place_in_slot
 from parallel.thread_world import run_thread_world
+from workers.config import Failpoint
+from workers.failpoints import Failpoints, Skipping
 
 pytestmark = pytest.mark.row("S2")
 
@@ -163,3 +169,25 @@ def test_ranks_that_sum_in_different_ways_have_different_digests():
 
     first, second = run_thread_world(TWO, body)
     assert first != second
+
+
+def test_a_rank_with_a_planted_fault_meets_its_peers_on_the_same_communicators():
+    """Setting up peers' memory is collective: who stays away leaves the others waiting."""
+    process_group = dist.ProcessGroupGloo(dist.HashStore(), 0, 1, timedelta(seconds=5))
+    transport = TorchTransport(process_group)
+    faults = Failpoints([Failpoint("skip_collective", rank=1, step=6)], epoch=1, rank=1)
+    layout = Layout(tp_size=2)
+    found = [
+        communicators([groups.tp, groups.attn_tp])
+        for wrapped in (transport, Skipping(transport, faults))
+        for groups in [build_groups(layout, 1, lambda members, wrapped=wrapped: wrapped)]
+    ]
+    names = [[(group.name, its) for group, its in each] for each in found]
+    assert names == [[("tp", process_group)]] * 2
+
+
+def test_ranks_without_a_communicator_of_torchs_have_none_to_open():
+    def on_rank(rank, groups):
+        return communicators([groups.tp])
+
+    assert run_thread_world(TWO, on_rank) == [[], []]
