@@ -15,14 +15,16 @@ COPY pyproject.toml LICENSE ./
 RUN touch README.md
 
 FROM requirements AS requirements-cpu
-RUN pip install --no-cache-dir --extra-index-url https://download.pytorch.org/whl/cpu .
+# Versions are those of pyproject.toml.
+# hadolint ignore=DL3013
+RUN pip install --no-cache-dir --extra-index-url https://download.pytorch.org/whl/cpu '.[otel]'
 
 FROM requirements AS requirements-gpu
 # PyTorch's wheels carry CUDA; FlashInfer compiles some kernels on first use and needs nvcc for it:
-# as extras of the toolkit that PyTorch pins, so that all are of one version. Versions are those of
-# pyproject.toml. The links are names that FlashInfer's linker flags expect.
+# as extras of the toolkit that PyTorch pins, so that all are of one version. The links are names that
+# FlashInfer's linker flags expect.
 # hadolint ignore=DL3013
-RUN pip install --no-cache-dir '.[gpu]' 'cuda-toolkit[cccl,nvcc,nvvm]==13.*'
+RUN pip install --no-cache-dir '.[gpu,otel]' 'cuda-toolkit[cccl,nvcc,nvvm]==13.*'
 RUN ln -s lib /usr/local/lib/python3.12/site-packages/nvidia/cu13/lib64 \
  && ln -s libcudart.so.13 /usr/local/lib/python3.12/site-packages/nvidia/cu13/lib/libcudart.so
 

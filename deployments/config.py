@@ -14,12 +14,15 @@ A misspelt name is an error that says the nearest one; a value of the wrong type
 
 import ast
 import difflib
+import importlib.util
 import inspect
 import itertools
+import re
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_type_hints
+from urllib.parse import urlsplit
 
 import msgspec
 from msgspec import Struct
@@ -54,6 +57,8 @@ class ServiceSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """How long requests may go on after the service was told to stop."""
     log_format: Literal["text", "json"] = "text"
     """json writes one object a line, and a line for each request; prompts are never logged."""
+    otlp_endpoint: str = ""
+    """URL of an OpenTelemetry collector (OTLP/HTTP) for traces (lockstep[otel]); empty for none."""
 
     def __post_init__(self) -> None:
         for name in ("port", "metrics_port"):
@@ -65,6 +70,32 @@ class ServiceSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         for name in ("resume_wait_s", "cluster_wait_s", "drain_s"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        if self.otlp_endpoint:
+            _check_otlp(self.otlp_endpoint)
+
+
+def _check_otlp(endpoint: str) -> None:
+    try:
+        url = urlsplit(endpoint)
+        is_url = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+    except ValueError:  # a port that is no number
+        is_url = False
+    else:
+        is_url = is_url and not (url.query or url.fragment or url.username)
+    if not is_url or re.search(r"\s", endpoint):
+        raise ValueError(
+            f"otlp_endpoint={endpoint!r} is no URL of a collector: "
+            "it must look like http://collector:4318"
+        )
+    try:
+        found = importlib.util.find_spec("opentelemetry.exporter.otlp.proto.http")
+    except ModuleNotFoundError:
+        found = None
+    if found is None:
+        raise ValueError(
+            f"otlp_endpoint={endpoint} needs OpenTelemetry's exporter, which is not installed: "
+            "pip install 'lockstep[otel]', or unset it"
+        )
 
 
 class ServiceConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

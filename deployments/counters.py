@@ -118,7 +118,10 @@ class Counters:
                 queued_at = chunk.request.queued_at
                 if queued_at is not None:
                     chunk.request.queued_at = None
-                    self.queue.observe(step.sent_at - queued_at)
+                    # NOTE: a plan bears the time at which its turn of the loop began, and the
+                    # request may have come in the same turn.
+                    chunk.request.queue_s = max(0.0, step.sent_at - queued_at)
+                    self.queue.observe(chunk.request.queue_s)
 
     def _forget_told(self, epoch: int) -> None:
         """Ranks of a new epoch count from nothing."""

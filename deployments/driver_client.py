@@ -16,8 +16,10 @@ The socket is a plain one read from asyncio's `add_reader`: zmq.asyncio costs a 
 import asyncio
 import logging
 import secrets
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
@@ -95,11 +97,32 @@ class Event(Struct, frozen=True, gc=False):
     finish_reason: str | None
 
 
+@dataclass(slots=True)
+class Course:
+    """When what happened to a generation (`time.monotonic`); whole once it has ended.
+
+    NOTE: not the loop's clock, which under uvloop stands still while a callback runs.
+    """
+
+    accepted_at: float
+    """It could have been sent to the driver."""
+    sent_at: float
+    """It was sent to the driver that gave its first token."""
+    queue_s: float = 0.0
+    """How long it waited there for its first plan."""
+    first_token_at: float | None = None
+    ended_at: float = 0.0
+    """Its last token was here, or it was given up."""
+    num_tokens: int = 0
+    resumed: list[tuple[float, int, int]] = field(default_factory=list)
+    """(when, epoch, tokens it had) each time it was sent again."""
+
+
 class _Generation:
     """What is kept of a generation until it ends. `tokens` is only ever appended to."""
 
     __slots__ = (
-        *("began", "choice", "group", "last_token_at", "num_submits", "request", "spec"),
+        *("began", "choice", "course", "group", "last_token_at", "num_submits", "request", "spec"),
         *("submitted", "tokens", "waiting_since"),
     )
 
@@ -120,6 +143,8 @@ class _Generation:
         self.began = began
         """When the client asked."""
         self.last_token_at = began
+        called_at = time.monotonic()
+        self.course = Course(accepted_at=called_at, sent_at=called_at)
         self.num_submits = 0
         self.tokens: list[int] = []
         self.submitted = False
@@ -146,6 +171,8 @@ class Generations:
         """Prompt tokens found in the prefix cache, by choice."""
         self.prompt_logprobs: list[dict[int, TokenLogprobs]] = [{} for _ in range(num_choices)]
         """By choice, then by position in the prompt."""
+        self.courses: list[Course] = []
+        """By choice."""
 
     async def __aenter__(self) -> Self:
         return self
@@ -301,6 +328,7 @@ class DriverClient:
             request = self._new_request()
             generation = _Generation(group, choice, request, spec, began=began, now=now)
             group.live[choice] = generation
+            group.courses.append(generation.course)
             self._generations[generation.request] = generation
             self._submit_if_ready(generation)
         return group
@@ -314,6 +342,8 @@ class DriverClient:
                 self._send(farewell)
 
     def _count(self, generation: _Generation, outcome: Outcome) -> None:
+        generation.course.num_tokens = len(generation.tokens)
+        generation.course.ended_at = time.monotonic()
         self.counts.end(outcome)
         if outcome is Outcome.FINISHED:
             self.counts.e2e.observe(self._now() - generation.began)
@@ -415,6 +445,7 @@ class DriverClient:
         spec = generation.spec
         generation.num_submits += 1
         self.counts.resumed += generation.num_submits == 2
+        self._note_sent(generation, self._epoch)
         generation.submitted = True
         generation.waiting_since = None
         self._send(
@@ -430,6 +461,16 @@ class DriverClient:
                 grammar=spec.grammar,
             )
         )
+
+    def _note_sent(self, generation: _Generation, epoch: int) -> None:
+        course, num_tokens = generation.course, len(generation.tokens)
+        now = time.monotonic()
+        if not num_tokens:
+            course.sent_at = now
+        if generation.num_submits > 1:
+            if course.resumed and course.resumed[-1][1:] == (epoch, num_tokens):
+                course.resumed.pop()  # it was refused for want of room: this is one more try
+            course.resumed.append((now, epoch, num_tokens))
 
     def _submit_all(self) -> None:
         if self._engine_ready:
@@ -573,10 +614,12 @@ class DriverClient:
             self._on_finished(request, reason)
 
     def _note_prompts(self, message: Tokens) -> None:
-        for request, num_cached in message.num_cached:
+        for request, num_cached, queue_s in message.begun:
             generation = self._generations.get(request)
             if generation is not None and not generation.tokens:
                 generation.group.num_cached[generation.choice] = num_cached
+                generation.course.queue_s = queue_s
+                generation.course.first_token_at = time.monotonic()
         for request, first, found in message.prompt_logprobs:
             generation = self._generations.get(request)
             if generation is not None:

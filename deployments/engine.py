@@ -695,7 +695,7 @@ class Engine:
                 if entry is not None and entry[1] == 0:
                     identity, number = entry[0].key
                     num_cached = max(0, entry[0].num_cached)
-                    outbox[identity].num_cached.append((number, num_cached))
+                    outbox[identity].begun.append((number, num_cached, entry[0].queue_s))
                     self.counters.first_token(entry[0].num_prompt, num_cached)
         for ack in step.acks.values():
             if ack.logprobs or ack.prompt_logprobs:

@@ -18,7 +18,7 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import ray
@@ -51,8 +51,12 @@ from deployments.openai_api import (
     plan_completion,
 )
 from deployments.schemas import MAX_BODY_BYTES, Model, ModelList, parse_chat, parse_completion
+from deployments.spans import Exchanged, Work, request_span
 from deployments.tokenizer import ChatTokenizer
 from deployments.watching import Look
+
+if TYPE_CHECKING:
+    from deployments.traces import Traces
 
 log = logging.getLogger("lockstep.ingress")
 request_log = logging.getLogger(REQUESTS)
@@ -141,11 +145,14 @@ class Service:
         *,
         model: str,
         api_keys: Iterable[str] = (),
+        traces: "Traces | None" = None,
     ) -> None:
+        """`traces` is told of every request for tokens; it is closed with the service."""
         self.client = client
         self.tokenizer = tokenizer
         self.model = model
         self.keys = Keys(api_keys)
+        self.traces = traces
         self.created = int(time.time())
 
     def limits(self) -> ModelLimits:
@@ -172,11 +179,23 @@ class Exchange:
         self.status = 0
         """Of the response, once it has begun."""
         self.request_id = ""
+        self.error: ServiceError | None = None
+        """Why it failed, if it did."""
+        self.generating: tuple[Plan, Answer, Generations] | None = None
+        """What the engine does for it, if anybody traces."""
+        self.scheme: str = scope.get("scheme", "http")
         self._receive = receive
         self._send = send
         self._ended = False
         self._policy = NOTHING_RUNS
         self._extra_headers = self._identity(names_itself)
+
+    @property
+    def outcome(self) -> Outcome:
+        """How it ended, once it has."""
+        if self.error is not None:
+            return _outcome(self.error)
+        return Outcome.FINISHED if self._ended else Outcome.CANCELLED
 
     def header(self, name: str) -> str:
         return self.headers.get(name, b"").decode("latin-1")
@@ -243,6 +262,7 @@ class Exchange:
 
     async def fail(self, error: ServiceError) -> None:
         """The error as a response, or as the stream's last event if it has begun."""
+        self.error = error
         body = encode_json(error.body())
         if not self.begun:
             await self.answer(error.status, body, *_error_headers(error))
@@ -401,6 +421,8 @@ async def _generate(
         created=int(time.time()),
         model=service.model,
     )
+    if service.traces is not None:
+        exchange.generating = plan, answer, generations
     watch = asyncio.create_task(exchange.until_gone())
     watch.add_done_callback(lambda _: generations.cancel())
     try:
@@ -458,6 +480,9 @@ OPEN_ROUTES: Mapping[str, Handler] = {
     "/health": _readyz,
 }
 """Probes, and the page, which holds no data: they need no API key."""
+
+TRACED = ("/v1/completions", "/v1/chat/completions")
+"""Routes whose every request has a trace."""
 
 ROUTES: Mapping[str, tuple[str, Handler]] = {
     "/api/engine": ("GET", _engine),
@@ -518,6 +543,38 @@ async def _respond(service: Service, exchange: Exchange) -> None:
     finally:
         if request_log.isEnabledFor(logging.INFO):
             _log_end(exchange, time.monotonic() - began)
+        if service.traces is not None and exchange.path in TRACED:
+            _trace(service.traces, service.model, exchange, began)
+
+
+def _trace(traces: "Traces", model: str, exchange: Exchange, began: float) -> None:
+    """Tell of a request that is over."""
+    work = None
+    if exchange.generating is not None:
+        plan, answer, generations = exchange.generating
+        work = Work(
+            plan=plan,
+            answer_id=answer.id,
+            usage=answer.usage(generations.num_cached),
+            finish_reasons=answer.finish_reasons,
+            courses=generations.courses,
+        )
+    error = exchange.error
+    over = Exchanged(
+        method=exchange.method,
+        route=exchange.path,
+        scheme=exchange.scheme,
+        request_id=exchange.request_id,
+        model=model,
+        start=began,
+        end=time.monotonic(),
+        status=exchange.status,
+        outcome=exchange.outcome,
+        error="" if error is None else error.code or str(error.status),
+        work=work,
+    )
+    caller = {name: exchange.header(name) for name in ("traceparent", "tracestate")}
+    traces.record(request_span(over), caller)
 
 
 def _log_end(exchange: Exchange, seconds: float) -> None:
@@ -541,6 +598,8 @@ async def _lifespan(service: Service, receive: Receive, send: Send) -> None:
             await send({"type": "lifespan.startup.complete"})
         elif message["type"] == "lifespan.shutdown":
             await service.client.close()
+            if service.traces is not None:
+                await asyncio.to_thread(service.traces.close)
             await send({"type": "lifespan.shutdown.complete"})
             return
 
@@ -565,6 +624,14 @@ def _model_name(config: ServiceConfig) -> str:
     return Path(config.engine.model).resolve().name if config.engine.model else "bundled"
 
 
+def _traces(endpoint: str, name: str) -> "Traces | None":
+    if not endpoint:
+        return None
+    from deployments.traces import Traces  # OpenTelemetry is an extra
+
+    return Traces(endpoint, instance=name)
+
+
 # Serve's access log would be a line a request on the launching terminal; /metrics counts them.
 @serve.deployment(
     max_ongoing_requests=4096,
@@ -583,9 +650,10 @@ class Ingress:
         async def locate() -> EngineInfo:
             return await driver.endpoint.remote()
 
+        name = f"ingress-{context.get_actor_id() or 'local'}"
         client = DriverClient(
             locate,
-            name=f"ingress-{context.get_actor_id() or 'local'}",
+            name=name,
             node_id=context.get_node_id(),
             resume_wait_s=config.service.resume_wait_s,
         )
@@ -594,6 +662,7 @@ class Ingress:
             ChatTokenizer.load(folder),
             model=config.model_name,
             api_keys=(*config.service.api_keys, *read_keys(config.service.api_keys_file)),
+            traces=_traces(config.service.otlp_endpoint, name),
         )
 
     def __serve_build_asgi_app__(self) -> ASGIApp:

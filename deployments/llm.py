@@ -269,7 +269,7 @@ class LLM:
     def _on_tokens(self, message: Tokens, readers: "dict[int, _Reader]") -> int:
         if message.epoch != self._epoch:
             return 0
-        for request, num_cached in message.num_cached:
+        for request, num_cached, _ in message.begun:
             if request in readers:
                 readers[request].answer.num_cached = num_cached
         for request, _, values in message.logprobs:

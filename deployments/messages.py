@@ -119,8 +119,9 @@ class Tokens(Message, frozen=True, tag="tokens"):
         default_factory=list
     )
     """(request, position of the first, log-probabilities of prompt tokens); position 0 has none."""
-    num_cached: list[tuple[int, int]] = msgspec.field(default_factory=list)
-    """(request, prompt tokens found in the prefix cache), once a request, with its first token."""
+    begun: list[tuple[int, int, float]] = msgspec.field(default_factory=list)
+    """(request, prompt tokens found in the prefix cache, seconds from its arrival at the driver to
+    its first plan), once a request, with its first token."""
 
 
 class Refused(Message, frozen=True, tag="refused"):

@@ -434,7 +434,7 @@ class Answer:
     ) -> None:
         self._plan = plan
         self._tokenizer = tokenizer
-        self._id = answer_id
+        self.id = answer_id
         self._created = created
         self._model = model
         self._choices = [Choice(tokenizer, plan, i) for i in range(len(plan.specs))]
@@ -450,6 +450,11 @@ class Answer:
             if self._choices[event.choice].feed(event):
                 ended.append((event.choice, event.index + 1))
         return ended
+
+    @property
+    def finish_reasons(self) -> list[str]:
+        """Of the choices that have ended."""
+        return [one.finish_reason for one in self._choices if one.finish_reason is not None]
 
     # As a stream.
 
@@ -469,7 +474,7 @@ class Answer:
     def usage_event(self, num_cached: Sequence[int]) -> ChatChunk | Completion:
         """The last event, if the client asked for it."""
         kind = ChatChunk if self._plan.is_chat else Completion
-        return kind(self._id, self._created, self._model, [], usage=self.usage(num_cached))
+        return kind(self.id, self._created, self._model, [], usage=self.usage(num_cached))
 
     def _chat_chunks(self, choice: int) -> list[ChatChunk]:
         piece = self._choices[choice].take()
@@ -489,7 +494,7 @@ class Answer:
     ) -> ChatChunk:
         usage = None if self._plan.include_usage else UNSET
         said = ChatChunkChoice(choice, delta, logprobs, reason)
-        return ChatChunk(self._id, self._created, self._model, [said], usage)
+        return ChatChunk(self.id, self._created, self._model, [said], usage)
 
     def _completion_chunks(
         self, choice: int, prompt_logprobs: Mapping[int, TokenLogprobs]
@@ -505,7 +510,7 @@ class Answer:
             return []
         usage = None if self._plan.include_usage else UNSET
         said = CompletionChoice(choice, text, logprobs, piece.finish_reason)
-        return [Completion(self._id, self._created, self._model, [said], usage)]
+        return [Completion(self.id, self._created, self._model, [said], usage)]
 
     # All at once.
 
@@ -518,7 +523,7 @@ class Answer:
         self, num_cached: Sequence[int], prompt_logprobs: Sequence[Mapping[int, TokenLogprobs]]
     ) -> ChatCompletion | Completion:
         pieces = [_joined(pieces) for pieces in self._whole]
-        head = (self._id, self._created, self._model)
+        head = (self.id, self._created, self._model)
         if self._plan.is_chat:
             return ChatCompletion(
                 *head,

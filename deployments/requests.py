@@ -41,6 +41,8 @@ class Request:
     """Order of arrival: the earlier is never preempted for the later."""
     queued_at: float | None = None
     """When it began to wait, until its first step is done; for metrics."""
+    queue_s: float = 0.0
+    """How long it waited for its first plan; set when that step is done."""
 
     matcher: Matcher | None = None
     """Where it is in its grammar, if it has one: after all of its output tokens."""

@@ -56,7 +56,7 @@ there are several, because the Serve service sends requests to every ready pod.
 
 {{/* Settings that are passed to the service only: a batch speaks no HTTP. */}}
 {{- define "lockstep.serviceSettings" -}}
-host port metrics_port num_ingress api_keys_file max_ongoing_requests resume_wait_s drain_s
+host port metrics_port num_ingress api_keys_file max_ongoing_requests resume_wait_s drain_s otlp_endpoint
 {{- end }}
 
 {{- define "lockstep.serveConfig" -}}

@@ -92,6 +92,7 @@ class FakeDriver(threading.Thread):
         self.reply = reply
         self.step_s = step_s
         self.tokens_per_step = tokens_per_step
+        self.queue_s = 0.0
         self.ready = True
         self.beating = True
         self.epoch = 1
@@ -222,7 +223,7 @@ class FakeDriver(threading.Thread):
         token = self.reply(running.prompt, running.index, sampling)
         if not running.told_prompt:
             running.told_prompt = True
-            message.num_cached.append((request, len(running.prompt) // 2))
+            message.begun.append((request, len(running.prompt) // 2, self.queue_s))
             if sampling.num_prompt_logprobs >= 0:
                 found = tuple(logprobs(t, sampling.num_prompt_logprobs) for t in running.prompt)
                 message.prompt_logprobs.append((request, 0, found))

@@ -267,7 +267,8 @@ def known(args: Mapping[str, Any]) -> Json:
 
 def test_only_settings_that_are_given_are_passed_on(rendered):
     args = serve_config(rendered["default"])["applications"][0]["args"]
-    assert set(args) == set(DEFAULTS["engine"]) - {"model"}
+    given = {name for name, value in DEFAULTS["engine"].items() if value is not None}
+    assert set(args) == given - {"model"}
     assert serve_config(rendered["everything"])["applications"][0]["args"] == {
         **EVERYTHING["engine"],
         "api_keys_file": "/etc/lockstep/api-keys",
@@ -559,7 +560,9 @@ def test_the_network_policy_names_all_that_is_open(rendered):
 def test_the_network_policy_opens_what_is_switched_on(rendered):
     spec = of_kind(rendered["everything"], "NetworkPolicy")["spec"]
     assert [ports(rule) for rule in spec["ingress"]] == [None, {8265, 8080}, {8080}, {9500, 8080}]
-    assert [ports(rule) for rule in spec["egress"]] == [None, {53}, {6380}, None]
+    assert [ports(rule) for rule in spec["egress"]] == [None, {53}, {6380}, {443}, None]
+    to_collector = of_kind(rendered["four GPUs"], "NetworkPolicy")["spec"]["egress"]
+    assert [ports(rule) for rule in to_collector] == [None, {53}, {4318}]
     assert all("from" in rule for rule in spec["ingress"])
     alone = of_kind(rendered["batch alone"], "NetworkPolicy")["spec"]
     assert len(alone["ingress"]) == 2
