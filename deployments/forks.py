@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from workers.config import rank_environment
 from workers.spec import ZygoteMessage
 
 START = """
@@ -62,6 +63,7 @@ class ForkServer:
                 stdout=writer,
                 stderr=writer,
                 process_group=0,
+                env=rank_environment(),
             )
         finally:
             theirs.close()

@@ -50,6 +50,7 @@ from parallel.groups import (
 from parallel.layout import GROUP_NAMES, Layout
 from parallel.sums import SumTable
 from parallel.symmetric import nccl_version, use_symmetric_memory
+from workers.config import rank_environment
 
 SYMMETRIC_KERNEL = "ncclSymkDevKernel_"
 TIMEOUT = timedelta(seconds=60)
@@ -410,7 +411,12 @@ def check(layout: Layout, device: str) -> dict[str, Any]:
         command = [sys.executable, "-m", "workers.check", "--store", f"{folder}/store"]
         command += ["--device", device, "--layout", json.dumps(asdict(layout))]
         ranks = [
-            subprocess.Popen([*command, "--rank", str(rank)], stdout=subprocess.PIPE, text=True)
+            subprocess.Popen(
+                [*command, "--rank", str(rank)],
+                stdout=subprocess.PIPE,
+                text=True,
+                env=rank_environment(),
+            )
             for rank in range(layout.world_size)
         ]
         results, bad = [], []

@@ -199,6 +199,17 @@ def passed_on_environment() -> dict[str, str]:
     return kept | {"PYTHONPATH": _python_path()}
 
 
+RANK_SETTINGS = {"TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
+"""What torch reads in a rank. Its symmetric memory would build a multicast object at every
+rendezvous, which fails, or hangs all ranks, where NVLink's multicast does not work; sums here do
+without it."""
+
+
+def rank_environment() -> dict[str, str]:
+    """The environment of a process that is, or forks, ranks: what is set here already stays."""
+    return RANK_SETTINGS | os.environ
+
+
 def _python_path() -> str:
     """The folder of our packages before what the driver has: another `kernels` must not win."""
     ours = str(Path(__file__).resolve().parent.parent)

@@ -230,6 +230,26 @@ def test_a_skipped_collective_leaves_the_peer_to_its_timeout(local, launch):
     assert rank == 0
 
 
+def environment_of(pid):
+    entries = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    return dict(os.fsdecode(entry).split("=", 1) for entry in entries if b"=" in entry)
+
+
+@pytest.mark.parametrize(("chosen", "there"), [(None, "1"), ("0", "0")])
+def test_torchs_multicast_is_off_in_ranks_unless_the_operator_has_it_on(
+    launch, monkeypatch, chosen, there
+):
+    name = "TORCH_SYMM_MEM_DISABLE_MULTICAST"
+    monkeypatch.delenv(name, raising=False)
+    if chosen is not None:
+        monkeypatch.setenv(name, chosen)
+    fleet = LocalFleet()
+    hellos = launch(fleet, TWO_RANKS).handshake()
+    found = [environment_of(hello.pid).get(name) for hello in hellos.values()]
+    fleet.stop()
+    assert found == [there] * 2
+
+
 def test_a_runner_that_cannot_be_imported_is_one_sentence(context, folder):
     link = WorkerLink(context, epoch=1, config=ONE_RANK, ipc_folder=folder)
     fleet = LocalFleet()
