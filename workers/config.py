@@ -56,7 +56,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     max_queued_requests: int = 4096
     """Requests that may wait for a slot; one more is answered 429."""
     max_model_len: int | None = None
-    """Longest prompt plus output, in tokens; unset takes the model's own limit."""
+    """Longest prompt plus output, in tokens; unset: the model's. V3.2 decodes score so many."""
     kv_cache_gb: float | None = None
     """Memory for keys and values on each rank, in GiB; unset takes what is free (CPU: 1 GiB)."""
     gpu_memory_utilization: float = 0.9
@@ -70,7 +70,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     symm_mem_strict: bool = False
     """End the step, instead of counting it, when a collective's memory is not symmetric."""
     all_reduce: Literal["auto", "nccl"] = "auto"
-    """How GPUs sum rows: auto measures all ways at start and takes the quickest, nccl NCCL's."""
+    """How GPUs sum rows: auto measures all ways at each start (see README), nccl takes NCCL's."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of weights and activations; auto is the checkpoint's on a GPU and float32 on a CPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
