@@ -36,6 +36,8 @@ from kernels.split_kv import LOG2_E, MAX_SPLITS, Split, combine_kernel, part_of
 
 LEAST_PART = 128
 """Tokens that are worth a program."""
+MAX_BLOCKS = 65535
+"""What CUDA allows a grid in its second direction."""
 
 
 class Tiles(NamedTuple):
@@ -382,6 +384,11 @@ def latent_chunks(
     refuse_unless(blocks_M4.is_contiguous(), "blocks of rows must be contiguous")
     if len(blocks_M4) == 0:
         return
+    refuse_unless(
+        len(blocks_M4) <= MAX_BLOCKS,
+        f"{len(blocks_M4)} blocks of rows are more than the {MAX_BLOCKS} of one launch: lower "
+        "max_num_batched_tokens",
+    )
     tiles = chunk_tiles(num_heads, q_THW.dtype)
     _chunks_kernel[(triton.cdiv(num_heads, tiles.heads), len(blocks_M4))](
         q_THW,

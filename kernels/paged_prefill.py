@@ -10,7 +10,7 @@ When to use: on a GPU, for chunks of any length at any start, several in a launc
     decodes: blocks (row, count, token, slot) = (2, 128, 0, 3), (130, 2, 128, 3), (132, 5, 64, 1)
 
 Shapes: T rows, H heads, G kv heads, D head dim, X tokens of the cache, S slots, N pages of a slot,
-M blocks of rows.
+C chunks, M blocks of rows.
 """
 
 from collections.abc import Iterable
@@ -37,12 +37,17 @@ def cut_chunks(
     >>> cut_chunks([(2, 130, 0, 3), (132, 5, 64, 1)]).tolist()
     [[2, 128, 0, 3], [130, 2, 128, 3], [132, 5, 64, 1]]
     """
-    blocks = [
-        (row + at, min(most_rows, count - at), token + at, slot)
-        for row, count, token, slot in chunks
-        for at in range(0, count, most_rows)
-    ]
-    return np.array(blocks, np.int64).reshape(-1, 4)
+    row_C, count_C, token_C, slot_C = np.array(list(chunks), np.int64).reshape(-1, 4).T
+    num_blocks_C = -(-count_C // most_rows)
+    chunk_M = np.repeat(np.arange(len(count_C)), num_blocks_C)
+    first_C = np.cumsum(num_blocks_C) - num_blocks_C
+    at_M = most_rows * (np.arange(len(chunk_M)) - first_C[chunk_M])
+    blocks_M4 = np.empty((len(chunk_M), 4), np.int64)
+    blocks_M4[:, 0] = row_C[chunk_M] + at_M
+    blocks_M4[:, 1] = np.minimum(most_rows, count_C[chunk_M] - at_M)
+    blocks_M4[:, 2] = token_C[chunk_M] + at_M
+    blocks_M4[:, 3] = slot_C[chunk_M]
+    return blocks_M4
 
 
 @triton.jit

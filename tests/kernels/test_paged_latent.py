@@ -1,7 +1,12 @@
 """Attention over a latent in pages, and an indexer's scores, against plain torch."""
 
+import time
+
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kernels.index_scores import index_scores
 from kernels.latent_attention import causal, chosen, latent_attention
@@ -12,6 +17,7 @@ from kernels.paged_latent import (
     latent_chunks,
     latent_rows,
 )
+from kernels.paged_prefill import cut_chunks
 from kernels.split_kv import Split
 
 pytestmark = pytest.mark.row("S13")
@@ -114,6 +120,43 @@ def test_chunks_equal_the_reference(num_heads, rank, turned, dtype, device):
     assert (out[0] == 7.0).all()
 
 
+def blocks_one_by_one(chunks, most_rows: int) -> np.ndarray:
+    blocks = [
+        (row + at, min(most_rows, count - at), token + at, slot)
+        for row, count, token, slot in chunks
+        for at in range(0, count, most_rows)
+    ]
+    return np.array(blocks, np.int64).reshape(-1, 4)
+
+
+def seconds(call) -> float:
+    """The quickest of a few."""
+    best = float("inf")
+    for _ in range(5):
+        began = time.perf_counter()
+        call()
+        best = min(best, time.perf_counter() - began)
+    return best
+
+
+NATURALS = st.integers(0, 500)
+
+
+@given(st.lists(st.tuples(NATURALS, NATURALS, NATURALS, NATURALS)), st.integers(1, 130))
+def test_blocks_are_those_cut_one_by_one(chunks, most_rows):
+    blocks = cut_chunks(chunks, most_rows)
+    assert blocks.flags["C_CONTIGUOUS"]
+    assert np.array_equal(blocks, blocks_one_by_one(chunks, most_rows))
+
+
+def test_a_long_prompt_of_many_heads_is_cut_without_a_loop_over_its_tokens():
+    """With 64 heads or more a block is one row."""
+    chunks = [(3, 30_000, 7, 1), (30_003, 2000, 0, 2)]
+    quick = seconds(lambda: cut_latent_chunks(chunks, 128, torch.bfloat16))
+    assert len(cut_latent_chunks(chunks, 128, torch.bfloat16)) == 32_000
+    assert quick < seconds(lambda: blocks_one_by_one(chunks, 1)) / 4
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("num_heads", "key_dim"), [(1, 16), (5, 20), (64, 32)])
 def test_index_scores_equal_the_reference(num_heads, key_dim, dtype, device):
@@ -152,6 +195,9 @@ def test_what_does_not_belong_together_is_refused(device):
         latent_rows(
             q, cache[:, :20], table, one, one, out, page_size=16, split=Split(1, 128), scale=1.0
         )
+    with pytest.raises(ValueError, match="65536 blocks of rows are more than the 65535"):
+        blocks = torch.zeros(65536, 4, dtype=torch.int64, device=device)
+        latent_chunks(q, cache, table, blocks, out, page_size=16, scale=1.0)
     with pytest.raises(ValueError, match="17 tokens of at most 16"):
         index_scores(
             q[:1], torch.zeros(1, 3, device=device), cache, table, one, one, num_tokens=17,
