@@ -57,6 +57,8 @@ CASES: dict[str, dict[str, Any]] = {
     "dp2-symm": DP2 | SYMM,
     "dp2-ep2": DP2 | {"ep_size": 2},
     "dp2-a2a": DP2 | A2A,
+    "cp2": TP2 | {"attn_cp_size": 2},
+    "cp2-symm": TP2 | SYMM | {"attn_cp_size": 2},
     "gather-on": SPREAD,
     "gather-off": SPREAD | {"disable_attn_tp_gather": True},
 }

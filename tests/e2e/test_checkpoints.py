@@ -1,10 +1,12 @@
-"""Real ranks over gloo: tiny DeepSeek checkpoints say in every layout what one rank says.
+"""Real ranks over gloo: tiny checkpoints of four families say in every layout what one rank says.
 
 And one rank says what transformers says. Few layouts run by default: each of tensor parallel,
 context parallel, attention replicas, experts spread, an all-to-all, dense layers elsewhere, a head
 within a replica and attention that gathers inside is in at least one of them. The others, and
 every eighth of all that the bundled model has, are `slow`.
 """
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,7 +24,10 @@ pytestmark = [
 ]
 
 WIDE = LATENT | GROUPS | {"hidden_size": 64, "v_head_dim": 16, "max_position_embeddings": 128}
+SPARSE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
 FAMILIES = {
+    "llama": ("Llama", {"max_position_embeddings": 128}),
+    "qwen3 moe": ("Qwen3Moe", {**SPARSE, "norm_topk_prob": True, "max_position_embeddings": 128}),
     "v3": ("DeepseekV3", {**WIDE, "rope_parameters": SHARP_YARN}),
     "v3.2": ("DeepseekV32", {**WIDE, **INDEX, "index_topk": 8}),
 }
@@ -32,6 +37,10 @@ LIMITS = (4, 24, 12, 3, 16)
 
 SYMMETRIC = {"enable_symm_mem": True, "symm_mem_strict": True, "symm_mem_prealloc_gb": 0.2}
 DEFAULT = [
+    ("llama", {"tp_size": 4, "attn_cp_size": 2}),
+    ("llama", {**DP2, "enable_dp_lm_head": True, **SYMMETRIC}),
+    ("qwen3 moe", {**DP2, "ep_size": 2, "moe_dense_tp_size": 1}),
+    ("qwen3 moe", {"tp_size": 4, "attn_cp_size": 2, "ep_size": 2}),
     ("v3", {"tp_size": 2, "ep_size": 2, "moe_dense_tp_size": 1}),
     ("v3", {**DP2, "ep_size": 2, "enable_dp_lm_head": True, "moe_dense_tp_size": 2}),
     ("v3", {**DP2, **A2A, "ep_size": 4, "disable_attn_tp_gather": True, "moe_dense_tp_size": 1}),
@@ -48,6 +57,7 @@ def greedy(folder, **settings):
     params = [
         SamplingParams(temperature=0, max_tokens=n, ignore_eos=True, logprobs=0) for n in LIMITS
     ]
+    params[-1] = replace(params[-1], prompt_logprobs=0)
     with LLM(model=str(folder), **limits, max_num_batched_tokens=16, **settings) as llm:
         return llm.generate(PROMPTS, params, detokenize=False)
 
@@ -74,6 +84,11 @@ def compare(folder, settings, one_rank):
         assert ours.ids == theirs.ids
         for mine, other in zip(ours.logprobs, theirs.logprobs, strict=True):
             assert mine.logprob == pytest.approx(other.logprob, abs=1e-4)
+        assert set(ours.prompt_logprobs) == set(theirs.prompt_logprobs)
+        for position, mine in ours.prompt_logprobs.items():
+            other = theirs.prompt_logprobs[position]
+            assert mine.logprob == pytest.approx(other.logprob, abs=1e-4)
+    assert len(theirs.prompt_logprobs) == len(PROMPTS[-1]) - 1
 
 
 def id_of(value):
@@ -93,6 +108,10 @@ MORE = [
     ("v3.2", {"tp_size": 4, "attn_cp_size": 2, "disable_attn_tp_gather": True}),
     ("v3.2", {"tp_size": 4, "attn_cp_size": 4, **A2A, "ep_size": 4, "moe_dense_tp_size": 1}),
     ("v3.2", {**DP2, "attn_cp_size": 2, "ep_size": 2, "enable_dp_lm_head": True}),
+    ("llama", {"tp_size": 4, "attn_cp_size": 4}),
+    ("llama", {"tp_size": 4}),
+    ("llama", {**DP4}),
+    *(("qwen3 moe", settings) for settings in list(all_of_them())[2::8]),
     *(("v3", settings) for settings in list(all_of_them())[::8]),
     *(("v3.2", settings) for settings in list(all_of_them())[4::8]),
 ]
