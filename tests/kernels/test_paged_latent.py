@@ -195,8 +195,8 @@ def test_what_does_not_belong_together_is_refused(device):
         latent_rows(
             q, cache[:, :20], table, one, one, out, page_size=16, split=Split(1, 128), scale=1.0
         )
+    blocks = torch.zeros(65536, 4, dtype=torch.int64, device=device)
     with pytest.raises(ValueError, match="65536 blocks of rows are more than the 65535"):
-        blocks = torch.zeros(65536, 4, dtype=torch.int64, device=device)
         latent_chunks(q, cache, table, blocks, out, page_size=16, scale=1.0)
     with pytest.raises(ValueError, match="17 tokens of at most 16"):
         index_scores(
