@@ -34,6 +34,8 @@ class StepPart:
         )
         self.decodes = cut.decodes_of(group.rank)
         """Which of the replica's decodes are this part's."""
+        self._decoding: tuple[Int64s, Int64s] | None = None
+        """The replica's slots that decode, and this part's of them."""
         self._last: tuple[Int64s, Wanted] | None = None
         self._all: Wanted | None = None
 
@@ -47,12 +49,18 @@ class StepPart:
             chunks.append(Chunk(chunk.slot, start, piece.length, piece.row, chunk.tokens))
         own_R = cut.part_T[rows.logit_rows_R] == part
         return rows._replace(
-            decode_slots_B=rows.decode_slots_B[self.decodes],
+            decode_slots_B=self._own_slots(rows.decode_slots_B),
             chunks=tuple(chunks),
             positions_T=rows.positions_T[cut.rows_of(part)],
             logit_rows_R=cut.own_among(rows.logit_rows_R, part),
             logit_slots_R=rows.logit_slots_R[own_R],
         )
+
+    def _own_slots(self, slots_B: Int64s) -> Int64s:
+        """The same array while the same slots decode, and contiguous: it is uploaded."""
+        if self._decoding is None or self._decoding[0] is not slots_B:
+            self._decoding = slots_B, np.ascontiguousarray(slots_B[self.decodes])
+        return self._decoding[1]
 
     def take(self, x_TD: Tensor, rows_N: Int64s) -> Tensor:
         """Some rows of the replica (N, D), on all its parts, from whoever computed them."""

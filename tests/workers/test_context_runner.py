@@ -4,6 +4,7 @@ import threading
 from dataclasses import replace
 from random import Random
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,8 +17,9 @@ from tests.workers import test_dp_runner as replicas
 from tests.workers.exact import CONFIGS, build, install, part_of, sequences_of
 from tests.workers.random_driver import RandomDriver
 from tests.workers.test_runner import ChecksumModel, some_requests
-from workers.batch import ForwardBatch
+from workers.batch import ForwardBatch, StepRows
 from workers.config import EngineConfig
+from workers.context import ContextParts
 from workers.layers import fast, linear
 from workers.runner import ModelRunner
 
@@ -131,6 +133,33 @@ def test_replicas_in_parts_say_what_each_says_alone(tp, cp):
         replicas.assert_same(results[first : first + 3], replicas.alone(tokens, 3))
         same = [result.ledger for result in ranks[layout.replica_ranks(0, replica)[0]]]
         assert [result.ledger for result in results] == same
+
+
+def test_what_a_part_uploads_is_contiguous_and_kept_while_the_same_slots_decode():
+    """A strided array is copied by the host, row by row, on its way to pinned memory."""
+    layout = Layout(tp_size=2, attn_cp_size=2)
+
+    def body(rank, groups):
+        uploaded = []
+
+        def upload(array):
+            uploaded.append(array)
+            return torch.from_numpy(array)
+
+        parts, slots_B = ContextParts(groups.attn_cp, upload), np.arange(5)
+        steps = []
+        for step in range(2):
+            rows = StepRows(
+                slots_B, (), np.full(5, step), np.full(5, step), np.arange(5), slots_B, ()
+            )
+            steps.append(parts.part_of(rows).rows_of(rows))
+        return uploaded, steps
+
+    for rank, (uploaded, steps) in enumerate(run_thread_world(layout, body)):
+        arrays = [a for rows in steps for a in rows if isinstance(a, np.ndarray)]
+        assert all(array.flags["C_CONTIGUOUS"] for array in (*uploaded, *arrays))
+        assert steps[0].decode_slots_B.tolist() == list(range(5))[rank::2]
+        assert steps[1].decode_slots_B is steps[0].decode_slots_B
 
 
 class Recorder:
