@@ -81,7 +81,7 @@ def _check_otlp(endpoint: str) -> None:
     except ValueError:  # a port that is no number
         is_url = False
     else:
-        is_url = is_url and not (url.query or url.fragment or url.username)
+        is_url = is_url and not (url.query or url.fragment or "@" in url.netloc)
     if not is_url or re.search(r"\s", endpoint):
         raise ValueError(
             f"otlp_endpoint={endpoint!r} is no URL of a collector: "

@@ -3,6 +3,7 @@
 import threading
 import time
 from dataclasses import dataclass
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
@@ -41,6 +42,7 @@ class Collector:
         self.wait_s = 0.0
         self.bodies: list[bytes] = []
         self.paths: list[str] = []
+        self.headers: list[Message] = []
         self._spans: list[Received] = []
         collector = self
 
@@ -49,6 +51,7 @@ class Collector:
                 body = self.rfile.read(int(self.headers["content-length"]))
                 time.sleep(collector.wait_s)
                 collector.paths.append(self.path)
+                collector.headers.append(self.headers)
                 collector.bodies.append(body)
                 if collector.status == 200:
                     collector._spans += read_spans(body)

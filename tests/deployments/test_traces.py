@@ -259,6 +259,14 @@ def test_the_endpoint_may_name_the_path(driver, collector):
     assert collector.paths == ["/here/v1/traces"]
 
 
+def test_the_sdks_own_variables_say_who_we_are_and_hold_the_key(driver, collector, monkeypatch):
+    monkeypatch.setenv("OTEL_SERVICE_NAME", "llama")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_HEADERS", "x-key=secret")
+    _, span, _ = traced(driver, collector)
+    assert span.resource["service.name"] == "llama"
+    assert [headers["x-key"] for headers in collector.headers] == ["secret"]
+
+
 def test_off_there_is_no_thread_and_no_import():
     """The engine's process has nothing of OpenTelemetry, an ingress has what Serve itself loads."""
     lines = """
@@ -287,7 +295,15 @@ print(seen())
 
 @pytest.mark.parametrize(
     "endpoint",
-    ["collector:4318", "ftp://collector", "http://", "http://a b", "http://a:x", "http://a?b=c"],
+    [
+        "collector:4318",
+        "ftp://collector",
+        "http://",
+        "http://a b",
+        "http://a:x",
+        "http://a?b=c",
+        "http://:key@a",
+    ],
 )
 def test_what_is_no_url_is_refused(endpoint):
     with pytest.raises(ValueError, match="is no URL of a collector: it must look like http://"):
