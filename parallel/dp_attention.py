@@ -22,9 +22,12 @@ zero where a rank has nothing. What is exchanged has the same shape on all ranks
     ((2, 2, 1, 1), slice(2, 4, None), slice(0, 4, None))
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from parallel.collectives import (
@@ -43,6 +46,9 @@ from parallel.symmetric import (
     place_in_slot,
     use_symmetric_memory,
 )
+
+Upload = Callable[[NDArray[np.generic]], Tensor]
+"""To the device, without waiting for it."""
 
 
 class UnreducedError(RuntimeError):
@@ -111,7 +117,7 @@ class RowSplit:
         attn_tp: int,
         part: int,
         place: int,
-        device: torch.device | None = None,
+        upload: Upload = torch.from_numpy,
     ) -> None:
         """`part` is this rank's among all parts, `place` this rank's in its attention-TP group."""
         self.num_rows = rows[part]
@@ -139,7 +145,7 @@ class RowSplit:
         self.is_even = len(set(self.shares)) == 1
         self.uses_slots = len(self.shares) * self.longest <= 2 * self.total
         """Uneven shares are exchanged in slots of the longest, not summed in one buffer."""
-        self._rows, self._num_real, self._device = rows, num_real, device
+        self._rows, self._num_real, self._upload = rows, num_real, upload
         self._part = part
         self._num_live_P: Tensor | None = None
         self._slots: Tensor | None = None
@@ -150,10 +156,10 @@ class RowSplit:
         """For each row of FULL its place among the ranks' slots."""
         if self._slots is None:
             parts = [
-                torch.arange(rank * self.longest, rank * self.longest + share)
+                np.arange(rank * self.longest, rank * self.longest + share)
                 for rank, share in enumerate(self.shares)
             ]
-            self._slots = torch.cat(parts).to(self._device)
+            self._slots = self._upload(np.concatenate(parts))
         return self._slots
 
     def follow(self, num_live_P: Tensor) -> None:
@@ -172,7 +178,7 @@ class RowSplit:
         if rows not in self._live:
             counts_P = self._num_live_P
             self._live[rows] = (
-                self._live_rows(rows).to(self._device)
+                self._upload(self._live_rows(rows))
                 if counts_P is None
                 else self._rows_below(counts_P, rows)
             )
@@ -186,11 +192,11 @@ class RowSplit:
         own_T = place_T < num_live_P[self._part]
         return own_T if rows is Rows.TP_ATTN_FULL else own_T[self.share]
 
-    def _live_rows(self, rows: Rows) -> Tensor:
+    def _live_rows(self, rows: Rows) -> NDArray[np.bool_]:
         if rows is Rows.FULL:
             counts = zip(self._rows, self._num_real, strict=True)
-            return torch.cat([torch.arange(count) < real for count, real in counts])
-        own_T = torch.arange(self.num_rows) < self.num_real
+            return np.concatenate([np.arange(count) < real for count, real in counts])
+        own_T = np.arange(self.num_rows) < self.num_real
         return own_T if rows is Rows.TP_ATTN_FULL else own_T[self.share]
 
 

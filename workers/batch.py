@@ -27,11 +27,12 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from parallel.context_gather import ContextGather
-from parallel.dp_attention import RowCounts
+from parallel.dp_attention import RowCounts, Upload
 from workers.protocol import Admit, Body, Sampling, unpack
 
 Int64s = NDArray[np.int64]
@@ -133,6 +134,9 @@ class ForwardBatch:
     are."""
     context: ContextGather | None = None
     """How attention gathers the rows of the replica's parts; None if it is one part."""
+    upload: Upload = torch.from_numpy
+    """Takes what else a step needs to the device; on a GPU it must not wait for the steps before.
+    """
 
 
 class Chunk(NamedTuple):

@@ -31,11 +31,11 @@ from torch import Tensor
 
 from kernels.decode_rows import Rows, close_rows, open_rows
 from parallel.context import part_counts
-from parallel.dp_attention import RowCounts
+from parallel.dp_attention import RowCounts, Upload
 from parallel.groups import Call, Ledger, digest_of
 from workers.batch import ForwardBatch, StepRows
 from workers.context import ContextParts
-from workers.gpu_attention import DeviceTable, GpuAttention, Upload
+from workers.gpu_attention import DeviceTable, GpuAttention
 from workers.models import Model
 
 RING = 4
@@ -70,13 +70,14 @@ class DecodeGraphs:
         last_token_S: Tensor,
         ledger: Ledger,
         parts: ContextParts,
+        upload: Upload,
         *,
         page_size: int,
         buckets: Sequence[int],
         num_replicas: int,
     ) -> None:
         """`buckets` ascend; they are rows of each of `num_replicas`, whose parts are `parts`."""
-        self._ledger = ledger
+        self._ledger, self._upload = ledger, upload
         self._num_parts = parts.num_parts
         self._part_of = {bucket: parts.part_of_bucket(bucket) for bucket in buckets}
         self.buckets = tuple(buckets)
@@ -139,17 +140,15 @@ class DecodeGraphs:
         """Another kind of step has run: rows on the device are no longer the newest."""
         self._slots = None
 
-    def launch(
-        self, step: StepRows, bucket: int, num_live: tuple[int, ...], upload: Upload
-    ) -> Replayed:
+    def launch(self, step: StepRows, bucket: int, num_live: tuple[int, ...]) -> Replayed:
         """Queue a step of decodes alone; `num_live` are all replicas' rows, before padding."""
         num_rows = step.num_rows
         if num_live != self._num_live:
             by_part = [part_counts(count, self._num_parts) for count in num_live]
-            self._num_live_P.copy_(upload(np.array(by_part, np.int64).reshape(-1)))
+            self._num_live_P.copy_(self._upload(np.array(by_part, np.int64).reshape(-1)))
             self._num_live = num_live
         if step.decode_slots_B is not self._slots or bucket != self._bucket:
-            self._upload_rows(step, bucket, upload)
+            self._upload_rows(step, bucket)
         graph = self._graphs[bucket]
         if graph.graph is None:
             graph = graph._replace(logits_BV=self._run(graph.rows))
@@ -164,12 +163,12 @@ class DecodeGraphs:
             graph.logits_BV[:num_rows],
         )
 
-    def _upload_rows(self, step: StepRows, bucket: int, upload: Upload) -> None:
+    def _upload_rows(self, step: StepRows, bucket: int) -> None:
         num_rows = step.num_rows
         both = np.zeros((2, bucket), np.int64)
         both[0] = self._table.spare_slot
         both[0, :num_rows], both[1, :num_rows] = step.decode_slots_B, step.positions_T
-        slots_B, positions_B = upload(both).unbind()
+        slots_B, positions_B = self._upload(both).unbind()
         self._slots_B[:bucket].copy_(slots_B)
         self._positions_B[:bucket].copy_(positions_B)
         self._slots, self._bucket = step.decode_slots_B, bucket
@@ -203,6 +202,7 @@ class DecodeGraphs:
             counts=RowCounts(every, every, every),
             num_live_P=self._num_live_P,
             context=None if part is None else part.gather,
+            upload=self._upload,
         )
         hidden_BD = self._model.forward(batch)
         if part is not None:

@@ -279,7 +279,7 @@ class ModelRunner:
         self._prepare_pages(rows)
         for admit in body.admits:
             self._sampler.admit(admit)
-        replayed = graphs.launch(rows, header.bucket, header.num_rows, self._upload)
+        replayed = graphs.launch(rows, header.bucket, header.num_rows)
         ids_R, highest_R, logits_RV = replayed
         pending = PendingStep(
             rows, self._ledger.take(), ids_R, highest_R, None, None, [], None, body.num_masked
@@ -397,6 +397,7 @@ class ModelRunner:
             attention=self._attention,
             counts=counts,
             context=None if part is None else part.gather,
+            upload=self._upload,
         )
 
     def _prompt_logprobs(
@@ -477,7 +478,7 @@ class ModelRunner:
             if not np.isfinite(row_sums_T[chunk.row : chunk.row + chunk.length]).all():
                 self._state.mark_dirty(chunk.slot)
 
-    def _upload(self, array: NDArray[np.int64]) -> Tensor:
+    def _upload(self, array: NDArray[np.generic]) -> Tensor:
         tensor = torch.from_numpy(array)
         if self._device.type == "cpu":
             return tensor
@@ -540,6 +541,7 @@ class ModelRunner:
             self._sampler.last_token_S,
             self._ledger,
             self._parts,
+            self._upload,
             page_size=self._config.page_size,
             buckets=self.buckets,
             num_replicas=self._num_replicas,

@@ -128,6 +128,23 @@ def test_live_rows_are_those_that_are_tokens():
     assert unpadded.live(Rows.FULL) is None
 
 
+def test_what_a_split_takes_to_the_device_goes_by_the_upload_it_is_given():
+    """The runner's waits for nothing; a plain copy would wait for all steps that are under way."""
+    uploaded = []
+
+    def upload(array):
+        uploaded.append(torch.from_numpy(array))
+        return uploaded[-1]
+
+    split = RowSplit(
+        rows=(4, 3), num_real=(3, 3), attn_tp=2, part=0, place=1, upload=upload
+    )  # fmt: skip
+    made = [split.slots, *(split.live(rows) for rows in Rows)]
+    assert split.slots.tolist() == [0, 1, 2, 3, 4, 5, 6]
+    assert split.live(Rows.FULL).tolist() == [True, True, True, False, True, True, True]
+    assert all(one is other for one, other in zip(made, uploaded, strict=True))
+
+
 def test_inputs_are_left_as_they_were():
     def body(rank, groups):
         split = split_of(groups, (3, 5))

@@ -213,7 +213,7 @@ def test_ranks_replay_the_collectives_that_they_captured():
             rows = (0,) * len(counts)
             header = Header(1, 0, 1, rows, rows, 2, (bucket, bucket), bucket, (), b"")
             groups.ledger.cut()
-            graphs.launch(runner._state.apply(Body()), bucket, header.num_rows, runner._upload)
+            graphs.launch(runner._state.apply(Body()), bucket, header.num_rows)
             found.append(groups.ledger.cut() == graphs._graphs[bucket].calls != ())
         return found, runner.captured
 

@@ -95,6 +95,22 @@ def test_each_replica_says_what_it_says_alone():
     assert len(both[1][0].ids) == len(both[0][3].ids) == 0
 
 
+def test_which_rows_are_tokens_is_uploaded_as_the_runner_does_it():
+    """It waits for nothing; a plain copy would wait on a GPU for the steps that are under way."""
+    layout = Layout(tp_size=2, dp_size=2, enable_dp_attention=True)
+
+    def body(rank, groups):
+        runner, uploaded = runner_of(groups, layout, rank), []
+        upload = runner._upload
+        runner._upload = lambda array: uploaded.append(array) or upload(array)
+        for told, bodies in STEPS[:2]:
+            runner.finish(runner.launch(told, bodies[rank], rank))
+        return [array.tolist() for array in uploaded if array.dtype == bool]
+
+    for uploaded in run_thread_world(layout, body):
+        assert [True, False, False, True, True, True] in uploaded
+
+
 def test_fewer_rows_than_there_are_is_refused():
     runner = runner_of(single_rank_groups(), Layout())
     with pytest.raises(ProtocolError, match="pads"):

@@ -7,11 +7,10 @@ parts are connected differently is its own class with `DecoderLayer`'s methods.
 from collections.abc import Sequence
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from parallel.context import counts_by_part
-from parallel.dp_attention import Activation, RowCounts, RowSplit
+from parallel.dp_attention import Activation, RowCounts, RowSplit, Upload
 from parallel.plan import PlanError, Rows
 from parallel.symmetric import out_of_slot
 from workers.batch import Attention, ForwardBatch
@@ -156,22 +155,21 @@ class Decoder:
             counts = RowCounts(rows, rows, ())
         groups.arena.rows_are_even = len(set(counts.padded)) == 1
         key = counts._replace(num_logit_rows=(), num_prompt_rows=())
-        device = batch.input_ids_T.device
         if batch.num_live_P is not None:
             if key not in self._captured_splits:
-                self._captured_splits[key] = self._new_split(counts, device)
+                self._captured_splits[key] = self._new_split(counts, batch.upload)
             split = self._captured_splits[key]
             split.follow(batch.num_live_P)
         else:
             if self._last_split is None or self._last_split[0] != key:
-                self._last_split = (key, self._new_split(counts, device))
+                self._last_split = (key, self._new_split(counts, batch.upload))
             split = self._last_split[1]
         split.context = batch.context
         if (split.context is None) != (num_parts == 1):
             raise PlanError("a step must say how to gather rows if, and only if, they are in parts")
         return split
 
-    def _new_split(self, counts: RowCounts, device: torch.device) -> RowSplit:
+    def _new_split(self, counts: RowCounts, upload: Upload) -> RowSplit:
         groups = self._groups
         num_parts = groups.attn_cp.size
         num_real, padded = counts_by_part(counts.num_real, counts.padded, num_parts)
@@ -181,7 +179,7 @@ class Decoder:
             attn_tp=groups.attn_tp.size,
             part=groups.attn_dp.rank * num_parts + groups.attn_cp.rank,
             place=groups.attn_tp.rank,
-            device=device,
+            upload=upload,
         )
 
     def sources(self) -> list[Source | OneOf]:
