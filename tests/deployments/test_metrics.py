@@ -540,6 +540,6 @@ def silent(api):
 
 
 def is_scraped(api):
-    with suppress(httpx.HTTPError):
+    with suppress(httpx.HTTPError, json.JSONDecodeError):  # it says 503 in words while it starts
         return answers(api, "lockstep_ready")
     return False
