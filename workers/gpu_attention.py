@@ -35,10 +35,26 @@ from workers.cache import PagedCache
 LATENT_PROGRAMS_PER_SM = 2
 CPU_SMS = 4
 """As if a CPU, where the interpreter runs kernels for tests, had so many multiprocessors."""
-SCORES_AT_ONCE = 2**25
-"""An indexer's scores that are held at once, where rows are not captured in a graph."""
+CHOICE_BYTES = 2**27
+"""For an indexer's scores and what it chooses by them, where rows are not captured in a graph; kept
+free beside the largest step that is measured."""
+ROW_MULTIPLE = 16
+"""Rows of int64 from such a multiple on are aligned as the first are, so no kernel is compiled."""
 
 Upload = Callable[[NDArray[np.int64]], Tensor]
+
+
+def rows_at_once(longest: int, num_chosen: int) -> int:
+    """Rows whose tokens are chosen in one go, so that they fit in `CHOICE_BYTES`.
+
+    A row takes a score of 4 bytes for each token, and for each that is chosen its score and number,
+    12 bytes; so 16 rows fit up to two million tokens.
+
+    >>> rows_at_once(8192, 2048), rows_at_once(163840, 2048)
+    (2336, 192)
+    """
+    most = CHOICE_BYTES // (4 * longest + 12 * num_chosen)
+    return max(ROW_MULTIPLE, most // ROW_MULTIPLE * ROW_MULTIPLE)
 
 
 class DeviceTable:
@@ -110,6 +126,12 @@ class GpuAttention(ProjectionAttention):
         self._longest = 0
         self._decodes: _Decodes | None = None
         self._blocks_M4: Tensor | None = None
+        self._is_captured = False
+
+    @property
+    def unmeasured_bytes(self) -> int:
+        """What a step of long sequences takes beyond one of short ones, and of captured ones."""
+        return CHOICE_BYTES if self._has_index else 0
 
     def prepare(
         self, rows: StepRows, positions_T: Tensor, places_T: Tensor, upload: Upload
@@ -118,6 +140,7 @@ class GpuAttention(ProjectionAttention):
         self._places_T, self._positions_T = places_T, positions_T
         self._longest = int(rows.positions_T.max(initial=-1)) + 1
         self._decodes = self._blocks_M4 = None
+        self._is_captured = False
         count = len(rows.decode_slots_B)
         if count:
             longest = int(rows.positions_T[:count].max()) + 1
@@ -143,6 +166,7 @@ class GpuAttention(ProjectionAttention):
         self._slots_T, self._positions_T = slots_B, positions_B
         self._longest = self._max_model_len
         self._blocks_M4 = None
+        self._is_captured = True
         split = self._latent_split(len(slots_B), self._max_model_len)
         self._decodes = _Decodes(slots_B, positions_B, split, {})
 
@@ -233,22 +257,13 @@ class GpuAttention(ProjectionAttention):
         """Every row, of decodes and of chunks, over the tokens that suit it best."""
         num_rows, num_heads, _ = q_THW.shape
         q_TJE, weight_TJ = index.q_TJE.contiguous(), index.weight_TJ.contiguous()
-        at_once = num_rows
-        if self._blocks_M4 is not None:  # what is chosen takes room too: values, and wider numbers
-            at_once = max(1, SCORES_AT_ONCE // (self._longest + 4 * index.num_chosen))
+        at_once = num_rows  # captured: all, and a graph's memory is measured
+        if not self._is_captured:
+            at_once = rows_at_once(self._longest, index.num_chosen)
         for first in range(0, num_rows, at_once):
             rows = slice(first, first + at_once)
             slots_T, positions_T = self._slots_T[rows], self._positions_T[rows]
-            score_TL = index_scores(
-                q_TJE[rows],
-                weight_TJ[rows],
-                keys_XE,
-                self._table.table_SN,
-                slots_T,
-                positions_T,
-                num_tokens=self._longest,
-                page_size=self._cache.page_size,
-            )
+            # NOTE: no name keeps scores or choice while the next rows' are made.
             split = choose_latent_split(
                 len(slots_T),
                 num_heads,
@@ -266,7 +281,18 @@ class GpuAttention(ProjectionAttention):
                 page_size=self._cache.page_size,
                 split=split,
                 scale=scale,
-                chosen_TK=score_TL.topk(index.num_chosen, dim=1).indices,
+                chosen_TK=index_scores(
+                    q_TJE[rows],
+                    weight_TJ[rows],
+                    keys_XE,
+                    self._table.table_SN,
+                    slots_T,
+                    positions_T,
+                    num_tokens=self._longest,
+                    page_size=self._cache.page_size,
+                )
+                .topk(index.num_chosen, dim=1)
+                .indices,
             )
 
     def _attend(self, layer: int, q_THD: Tensor, scale: float, window: int | None) -> Tensor:
