@@ -127,7 +127,8 @@ def run_rank(layout: Layout, rank: int, store_path: str, device_name: str) -> di
             if twin is not None:
                 cases.append(run_twin(groups.tp, twin, sizes))
         rules = broken_rules(groups, device)
-        sums = ways_to_sum(groups, sizes)
+        with torch.inference_mode():  # the arena's tensors were made in it
+            sums = ways_to_sum(groups, sizes)
     finally:
         dist.destroy_process_group()
     add_kernels(cases, trace)
