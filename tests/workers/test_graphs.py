@@ -8,6 +8,7 @@ import torch
 
 from parallel.groups import single_rank_groups
 from parallel.layout import Layout
+from tests.workers import test_gpu
 from tests.workers.random_driver import RandomDriver, Request
 from tests.workers.test_runner import ChecksumModel, entering, header, next_token, some_requests
 from workers.batch import ProtocolError
@@ -136,6 +137,16 @@ def test_every_bucket_is_run_at_its_own_size_before_ready_and_no_other_size_is_r
         model.num_rows.clear()
         runner.finish(runner.launch(decoding(1, bucket), Body(), 0))
         assert model.num_rows == [bucket]
+
+
+def test_what_a_gpus_tests_compare_is_run_by_graphs(tmp_path):
+    """Their steps, here in the interpreter: else they would compare eager runs with eager runs."""
+    test_gpu.save_tiny(tmp_path, "Llama")
+    runner = test_gpu.new_runner(tmp_path, "cpu", use_kernels=True)
+    buckets = test_gpu.watch_buckets(runner)
+    tokens = test_gpu.streams(runner, test_gpu.GREEDY, 3)
+    assert buckets == [4] * 3
+    assert tokens == test_gpu.streams(test_gpu.new_runner(tmp_path, "cpu"), test_gpu.GREEDY, 3)
 
 
 def test_a_bucket_that_does_not_exist_is_refused():
