@@ -612,9 +612,9 @@ class ModelRunner:
         self._finish(self._run(body))
         peak = torch.cuda.max_memory_allocated(self._device) - self._cache.num_bytes
         graph_bytes = self._measure_graphs()
-        unmeasured = (
-            0 if isinstance(self._attention, PagedAttention) else (self._attention.unmeasured_bytes)
-        )
+        unmeasured = 0
+        if not isinstance(self._attention, PagedAttention):
+            unmeasured = self._attention.unmeasured_bytes
         del self._cache, self._state, self._sampler, self._attention, self._table
         gc.collect()
         torch.cuda.empty_cache()
