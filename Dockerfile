@@ -20,13 +20,9 @@ FROM requirements AS requirements-cpu
 RUN pip install --no-cache-dir --extra-index-url https://download.pytorch.org/whl/cpu '.[otel]'
 
 FROM requirements AS requirements-gpu
-# PyTorch's wheels carry CUDA; FlashInfer compiles some kernels on first use and needs nvcc for it:
-# as extras of the toolkit that PyTorch pins, so that all are of one version. The links are names that
-# FlashInfer's linker flags expect.
+# PyTorch's wheels carry CUDA and Triton, which compiles our kernels at start.
 # hadolint ignore=DL3013
-RUN pip install --no-cache-dir '.[gpu,otel]' 'cuda-toolkit[cccl,nvcc,nvvm]==13.*'
-RUN ln -s lib /usr/local/lib/python3.12/site-packages/nvidia/cu13/lib64 \
- && ln -s libcudart.so.13 /usr/local/lib/python3.12/site-packages/nvidia/cu13/lib/libcudart.so
+RUN pip install --no-cache-dir '.[otel]'
 
 # Our code and the user; the shape both images share.
 FROM base AS app
@@ -46,13 +42,12 @@ HEALTHCHECK NONE
 ENTRYPOINT ["lockstep"]
 
 FROM app AS gpu
-# Triton and FlashInfer compile small parts for the host with a C and a C++ compiler.
+# Triton compiles small parts for the host with a C compiler.
 # hadolint ignore=DL3008
 RUN apt-get update \
- && apt-get install --yes --no-install-recommends g++ libc6-dev \
+ && apt-get install --yes --no-install-recommends gcc libc6-dev \
  && rm -rf /var/lib/apt/lists/*
 COPY --from=requirements-gpu /usr/local /usr/local
-ENV CUDA_HOME=/usr/local/lib/python3.12/site-packages/nvidia/cu13
 USER 1000:1000
 HEALTHCHECK NONE
 ENTRYPOINT ["lockstep"]
