@@ -42,7 +42,7 @@ rows: setup
 	$(BIN)/python -m tests.rows $(ROWS)
 
 bench: setup
-	$(BIN)/python -m tests.bench.bench_engine
+	$(BIN)/python -m tests.bench.bench_driver
 
 clean:
 	rm -rf .venv .helm-venv .pytest_cache .ruff_cache .hypothesis build *.egg-info

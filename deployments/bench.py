@@ -16,12 +16,14 @@ import random
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from deployments.config import ServiceConfig
 from deployments.llm import LLM, Answer, SamplingParams
+from workers import bundled
+from workers.architectures import read_model_config
 
 NEAR_TIE = 0.3
 """Log-probabilities less apart may change places: so much they differ in bfloat16 from one shape of
@@ -304,6 +306,11 @@ def offline(
     name = settings.get("model", "")
     with tempfile.TemporaryDirectory() as folder:
         chosen = DEFAULTS | settings | _preset(name, Path(folder))
+        model = read_model_config(Path(chosen["model"]) if chosen.get("model") else bundled.path())
+        if "max_model_len" not in settings:
+            limit = min(DEFAULTS["max_model_len"], model.max_position_embeddings)
+            chosen["max_model_len"] = limit
+        workload = replace(workload, max_id=min(workload.max_id, model.vocab_size - 1))
         ServiceConfig.from_args(chosen)  # a misspelt setting is told before anything starts
         began = time.perf_counter()
         with LLM(**chosen) as llm:

@@ -203,7 +203,7 @@ def _about(options: ServeOptions, model: str, limit: int | None) -> dict[str, An
 
 def _title(options: ServeOptions, limit: int | None) -> str:
     rate = options.request_rate
-    sent = "all at once" if math.isinf(rate) else f"{rate:g} a second"
+    sent = "no arrival rate" if math.isinf(rate) else f"{rate:g} a second"
     bound = f", at most {limit} under way" if limit else ""
     return f"{options.num_prompts} requests, {sent}{bound}"
 

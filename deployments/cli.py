@@ -56,6 +56,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"lockstep: {error}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        from deployments.engine import EngineFailed
+
+        if not isinstance(error, EngineFailed):
+            raise
+        print(f"lockstep: {error}", file=sys.stderr)
+        return 1
 
 
 def _bench(benchmark: str, args: dict[str, Any]) -> int:

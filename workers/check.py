@@ -447,7 +447,9 @@ def check(layout: Layout, device: str) -> dict[str, Any]:
 
 def show(result: dict[str, Any]) -> str:
     """The table that a person reads."""
-    lines = [f"{'op':15} {'group':9} {'members':12} {'mode':6} {'path':10} {'':13} kernel"]
+    lines = [f"{'op':15} {'group':9} {'members':12} {'mode':6} {'path':10} {'':13} kernel, result"]
+    if not any(case["kernel"] for case in result["cases"]):
+        lines.insert(0, "over gloo on a CPU: the ledger is checked, there are no kernels to see")
     for case in result["cases"]:
         members = ",".join(str(rank) for rank in case["members"])
         right = "right" if case["is_correct"] else "WRONG"

@@ -185,3 +185,12 @@ def processes_of_session(session):
             if int(fields[3]) == session and fields[0] != "Z":
                 found.append(int(entry.name))
     return found
+
+
+def test_an_engine_that_cannot_start_is_a_sentence():
+    flags = ["--device", "cpu", "--kv-cache-gb", "0.05", "--max-model-len", "8192"]
+    done = lockstep("generate", *flags, "hi")
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("lockstep: ")
+    assert "max_model_len=8192 is more than the 4096 positions of this model: lower it" in last
