@@ -101,6 +101,7 @@ class Host:
 
     def __init__(self, name, ip, veth, folder):
         self.name, self.ip, self.folder = name, ip, folder
+        self.settings = {}
         self._veth = veth
         self._raylet = None
         folder.mkdir()
@@ -115,7 +116,10 @@ class Host:
         return f"http://{self.ip}:{DASHBOARD}"
 
     def environment(self):
-        """HAProxy's files are one a machine by default; a node here has its own."""
+        """HAProxy's files are one a machine by default; a node here has its own.
+
+        `settings` are what somebody has exported there.
+        """
         haproxy = self.folder / "haproxy"
         return os.environ | {
             "PATH": f"{TOOLS}:{os.environ['PATH']}",
@@ -124,6 +128,7 @@ class Host:
             "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{haproxy}/admin.sock",
             "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": f"{haproxy}",
             "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{haproxy}/state",
+            **self.settings,
         }
 
     def command(self, *words):

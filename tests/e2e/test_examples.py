@@ -13,6 +13,16 @@ from deployments.config import ServiceConfig
 from tests.e2e.nodes import ROOT, network, refusal
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
+EXPORT_AND_TOKEN = (
+    "export RAY_SERVE_ENABLE_HA_PROXY=1 RAY_AUTH_MODE=token",
+    "ray get-auth-token --generate > /dev/null",
+)
+TOKEN = "0123456789abcdef" * 4
+
+
+def commands(example):
+    """What its comment says to type."""
+    return re.findall(r"^#   (\S.*)$", example.read_text(), re.M)
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
@@ -23,20 +33,36 @@ def test_the_settings_of_an_example_are_ones_that_there_are(example):
     assert config.engine.ranks_per_node * config.engine.num_nodes == config.engine.layout.world_size
 
 
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_says_the_settings_before_ray_starts(example):
+    export, token, *rest = commands(example)
+    assert (export, token) == EXPORT_AND_TOKEN
+    assert any(line.startswith("ray start --head") for line in rest)
+    assert f"serve deploy examples/{example.name}" in rest
+
+
 @pytest.fixture
-def node():
-    """A Ray cluster of one node in a namespace: its ports are its own."""
+def node(tmp_path, monkeypatch):
+    """A namespace as a newcomer's machine: nothing is exported, an earlier Ray left a token."""
     if refusal():
         pytest.skip(refusal())
+    for name in ("RAY_AUTH_MODE", "RAY_SERVE_ENABLE_HA_PROXY"):
+        monkeypatch.delenv(name)
     with network(1) as (host,):
-        host.start_head("--num-cpus=4", dashboard=True)
-        host.await_up(dashboard=True)
+        host.settings["HOME"] = str(tmp_path)
+        (tmp_path / ".ray").mkdir()
+        (tmp_path / ".ray/auth_token").write_text(TOKEN)
         yield host
 
 
 @pytest.mark.timeout(180)
 def test_an_example_is_deployed_answers_and_leaves_nothing_behind(node):
-    node.run("serve", "deploy", "examples/cpu.yaml")
+    export, token, start, deploy, _ = commands(ROOT / "examples/cpu.yaml")
+    node.settings |= dict(word.split("=") for word in export.split()[1:])
+    node.run("bash", "-c", token)
+    node.start_head(*start.removeprefix("ray start --head").split(), dashboard=True)
+    node.await_up(dashboard=True)
+    node.run(*deploy.split())
     wait_for(lambda: application(node).get("status") not in (None, "NOT_STARTED", "DEPLOYING"))
     told = yaml.safe_load(node.run("serve", "status"))["applications"]["lockstep"]
     assert told["status"] == "RUNNING", told
@@ -57,13 +83,18 @@ def test_an_example_is_deployed_answers_and_leaves_nothing_behind(node):
 
 def application(node):
     """What Serve says of ours; empty if there is none."""
-    found = httpx.get(f"{node.dashboard}/api/serve/applications/", timeout=20)
-    return found.json()["applications"].get("lockstep", {})
+    return asked(node, "/api/serve/applications/")["applications"].get("lockstep", {})
 
 
 def groups(node):
-    found = httpx.get(f"{node.dashboard}/api/v0/placement_groups?detail=1", timeout=20).json()
-    return found["data"]["result"]["result"]
+    return asked(node, "/api/v0/placement_groups?detail=1")["data"]["result"]["result"]
+
+
+def asked(node, path):
+    """What Ray's dashboard answers to those who have the token."""
+    headers = {"authorization": f"Bearer {TOKEN}"}
+    found = httpx.get(f"{node.dashboard}{path}", headers=headers, timeout=20)
+    return found.raise_for_status().json()
 
 
 def ranks(node):
