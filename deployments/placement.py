@@ -83,6 +83,13 @@ class Need:
     def strategy(self) -> Literal["STRICT_PACK", "STRICT_SPREAD"]:
         return "STRICT_PACK" if self.num_nodes == 1 else "STRICT_SPREAD"
 
+    @property
+    def remedy(self) -> str:
+        """What to change when a cluster stays too small."""
+        if self.num_nodes > 1:
+            return "add a node, or lower num_nodes"
+        return "add a larger node, or lower tp_size or dp_size"
+
     def shortage(self, nodes: Sequence[NodeFree]) -> ClusterTooSmall | None:
         """What is missing, in one sentence; None if it fits by the numbers."""
         kinds = (

@@ -98,8 +98,8 @@ class RayFleet:
     Group and actors are kept from epoch to epoch while all of them live, so a restart costs forks,
     and nobody else takes the GPUs in between. When an actor is lost, `kill` releases everything,
     and the next `start` looks for room again: first on other nodes than one that did not answer,
-    which Ray goes on to count for a quarter of a minute. `progress` hears one sentence a second of
-    what is missing while the cluster is too small; after `cluster_wait_s` that is an error.
+    which Ray goes on to count for a quarter of a minute. `progress` hears what is missing while the
+    cluster is too small, again when that has changed; after `cluster_wait_s` it is an error.
     """
 
     def __init__(
@@ -162,20 +162,26 @@ class RayFleet:
             strategy=need.strategy,
             bundle_label_selector=need.selectors(self._avoided(need)),
         )
-        began = told = time.monotonic()
+        began = looked = time.monotonic()
+        told = ""
         while state_of(group) != "CREATED":
             time.sleep(0.02)
             now = time.monotonic()
-            if now - told < PROGRESS_S and now - began < self._cluster_wait_s:
+            if now - looked < PROGRESS_S and now - began < self._cluster_wait_s:
                 continue
-            told = now
+            looked = now
             missing = self._shortage(need) or ClusterError(
                 f"needs {need.num_nodes} placement bundles of {need.bundles()[0]}; Ray has not "
                 "placed them, though the nodes seem to have room"
             )
-            self._progress(str(missing))
             if now - began >= self._cluster_wait_s:
-                raise missing
+                raise ClusterError(
+                    f"{missing}; gave up after {self._cluster_wait_s:g} s (cluster_wait_s): "
+                    f"{need.remedy}"
+                ) from missing
+            if str(missing) != told:
+                told = str(missing)
+                self._progress(told)
         return group
 
     def _avoided(self, need: Need) -> list[str]:

@@ -61,6 +61,7 @@ def serve_forever(config: ServiceConfig) -> int:
 class _OurLines(io.TextIOBase):
     """A stdout that shows lines of ours alone, without the process names Ray puts before them.
 
+    What the driver has said last is not said again when it is also why the service cannot start.
     Ray prints what its processes say into the terminal that started it; all of it is in Ray's log
     folder too.
     """
@@ -68,12 +69,14 @@ class _OurLines(io.TextIOBase):
     def __init__(self, terminal: TextIO) -> None:
         self._terminal = terminal
         self._line = ""
+        self._said_last = ""
 
     def write(self, text: str) -> int:
         *lines, self._line = (self._line + text).split("\n")
         for line in lines:
             _, ours, said = line.partition("lockstep: ")
-            if ours:
+            if ours and said != self._said_last:
+                self._said_last = said
                 self._terminal.write(f"lockstep: {said}\n")
         self._terminal.flush()
         return len(text)
