@@ -13,6 +13,7 @@ does what is decided here.
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Literal, NamedTuple
 
 from deployments.errors import ClusterError, ClusterTooSmall, TooFewNodes
@@ -131,6 +132,18 @@ def seating(bundle_nodes: Sequence[str], *, driver_node: str, ranks_per_node: in
         key=lambda i: (bundle_nodes[i] != driver_node, bundle_nodes[i], i),
     )
     return [bundle for bundle in order for _ in range(ranks_per_node)]
+
+
+def told_in_words(seats: Sequence[Seat]) -> str:
+    """Which ranks are on which node: "ranks 0-1 on 10.0.0.1, 2-3 on 10.0.0.2"."""
+    parts: list[str] = []
+    first = 0
+    for (_, node_ip), group in groupby(seats, key=lambda seat: (seat.node_id, seat.node_ip)):
+        last = first + len(list(group)) - 1
+        ranks = f"{first}-{last}" if last > first else f"{first}"
+        parts.append(f"{ranks} on {node_ip}")
+        first = last + 1
+    return f"rank{'s' if len(seats) > 1 else ''} {', '.join(parts)}"
 
 
 def gpu_indices(seats: Sequence[Seat]) -> list[int]:

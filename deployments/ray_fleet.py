@@ -4,6 +4,7 @@
 path. Only this module knows how a rank is run under Ray.
 """
 
+import logging
 import os
 import signal
 import subprocess
@@ -29,9 +30,19 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from deployments.errors import ClusterError
 from deployments.fleet import FORK_TIMEOUT_S, KILL_TIMEOUT_S, Death, describe
 from deployments.forks import Fork, ForkServer, readable
-from deployments.placement import Need, NodeFree, Seat, choose_device, gpu_indices, seating
+from deployments.placement import (
+    Need,
+    NodeFree,
+    Seat,
+    choose_device,
+    gpu_indices,
+    seating,
+    told_in_words,
+)
 from workers.config import passed_on_environment
 from workers.spec import WorkerSpec
+
+log = logging.getLogger("lockstep.ray_fleet")
 
 END_TIMEOUT_S = 3.0
 """For an actor to end its rank; one that takes longer is ended itself."""
@@ -99,7 +110,8 @@ class RayFleet:
     and nobody else takes the GPUs in between. When an actor is lost, `kill` releases everything,
     and the next `start` looks for room again: first on other nodes than one that did not answer,
     which Ray goes on to count for a quarter of a minute. `progress` hears what is missing while the
-    cluster is too small, again when that has changed; after `cluster_wait_s` it is an error.
+    cluster is too small, again when that has changed; after `cluster_wait_s` it is an error. Then
+    it hears where the ranks are.
     """
 
     def __init__(
@@ -138,6 +150,9 @@ class RayFleet:
             if not self._seats:
                 preload = specs[0].runner.partition(":")[0]
                 self._seats = self._seat(self._reserve(need), need, preload, config.start_timeout_s)
+                told = told_in_words(self._seats)
+                log.info("%s", told)
+                self._progress(told)
             self._watch = self._fork(self._place(specs, device, need.ranks_per_node))
         except BaseException:
             self._release()

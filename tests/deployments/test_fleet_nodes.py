@@ -61,7 +61,8 @@ def start():
 
 
 def test_a_replica_is_inside_a_node_and_the_far_one_steps_too(node_ip, start):
-    fleet = RayFleet(cluster_wait_s=20)
+    told = []
+    fleet = RayFleet(cluster_wait_s=20, progress=told.append)
     for _ in range(2):
         driver = start(fleet, TWO_NODES, node_ip)
         driver.handshake()
@@ -72,6 +73,7 @@ def test_a_replica_is_inside_a_node_and_the_far_one_steps_too(node_ip, start):
     nodes = [seat.node_id for seat in fleet._seats]
     assert nodes[0] == nodes[1] == here
     assert nodes[2] == nodes[3] != here
+    assert told == [f"ranks 0-1 on {node_ip}, 2-3 on {fleet._seats[2].node_ip}"], "once"
     fleet.stop()
 
 

@@ -3,7 +3,15 @@
 import pytest
 
 from deployments.errors import ClusterError, ClusterTooSmall, TooFewNodes
-from deployments.placement import Need, NodeFree, Seat, choose_device, gpu_indices, seating
+from deployments.placement import (
+    Need,
+    NodeFree,
+    Seat,
+    choose_device,
+    gpu_indices,
+    seating,
+    told_in_words,
+)
 from workers.config import EngineConfig
 
 
@@ -39,6 +47,20 @@ def test_nodes_can_be_done_without():
 
 def test_nothing_is_missing_where_it_fits():
     assert need(2, 4).shortage(nodes(4, 8)) is None
+
+
+@pytest.mark.parametrize(
+    ("nodes", "sentence"),
+    [
+        ("a", "rank 0 on 10.0.0.97"),
+        ("aaaa", "ranks 0-3 on 10.0.0.97"),
+        ("bbaa", "ranks 0-1 on 10.0.0.98, 2-3 on 10.0.0.97"),
+        ("bac", "ranks 0 on 10.0.0.98, 1 on 10.0.0.97, 2 on 10.0.0.99"),
+    ],
+)
+def test_where_the_ranks_are_is_one_line(nodes, sentence):
+    seats = [Seat(node, f"10.0.0.{ord(node)}", 1, None, ()) for node in nodes]
+    assert told_in_words(seats) == sentence
 
 
 @pytest.mark.parametrize(
