@@ -2,6 +2,9 @@
 
 import importlib
 import importlib.util
+import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -55,3 +58,34 @@ def test_ranks_on_other_nodes_find_ours_first(monkeypatch):
     assert passed_on["PYTHONPATH"] == f"{ROOT}:/elsewhere"
     assert passed_on["NCCL_DEBUG"] == "WARN"
     assert not {"CUDA_VISIBLE_DEVICES", "HOME_GROWN"} & passed_on.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_steps_of_the_image_give_an_environment_that_answers(tmp_path):
+    """Those of the Dockerfile's CPU target, in a virtual environment in place of the image."""
+    text = (ROOT / "Dockerfile").read_text()
+    stage = text.split("FROM requirements AS requirements-cpu")[1].split("\nFROM ")[0]
+    (install,) = [line for line in stage.splitlines() if line.startswith("RUN pip install")]
+    # The other index has smaller wheels of the same versions.
+    words = re.sub(r"--extra-index-url \S+", "", install).removeprefix("RUN ").split()
+    build, app, env = tmp_path / "build", tmp_path / "app", tmp_path / "env"
+    build.mkdir()
+    for name in ("pyproject.toml", "LICENSE"):
+        shutil.copy(ROOT / name, build)
+    (build / "README.md").touch()
+    subprocess.run([sys.executable, "-m", "venv", str(env)], check=True, timeout=120)
+    pip = [str(env / "bin" / "python"), "-m", *(word.strip("'") for word in words)]
+    subprocess.run([*pip, "-q"], cwd=build, check=True, timeout=600)
+    for package in re.findall(r"^COPY (\w+) /app/\w+$", text, re.MULTILINE):
+        shutil.copytree(ROOT / package, app / package)
+    done = subprocess.run(
+        [str(env / "bin" / "lockstep"), "generate", "--device", "cpu", "What is 128+305?"],
+        cwd=tmp_path,
+        env={"PATH": os.environ["PATH"], "HOME": str(tmp_path), "PYTHONPATH": str(app)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert "433" in done.stdout, done.stderr
