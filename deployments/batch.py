@@ -16,6 +16,7 @@ batch was stopped, 2 the command is wrong.
 
 import asyncio
 import contextlib
+import math
 import random
 import signal
 import sys
@@ -54,6 +55,7 @@ from deployments.batch_lines import (
     num_tokens,
     read_lines,
     read_question,
+    refusal_in_words,
     result,
 )
 from deployments.config import ServiceConfig
@@ -64,6 +66,7 @@ TRY_AGAIN = (429, 502, 503, 504)
 MAX_TRIES_500 = 3
 LONGEST_PAUSE_S = 30.0
 DISK_PAUSE_S = 2.0
+REMIND_S = 60.0
 SERVICE_CONCURRENCY = 64
 
 
@@ -267,20 +270,23 @@ class Batch:
             try:
                 reply = await self._backend.ask(question.url, question.body)
             except NoAnswer as error:
-                await self._pause(num_tries, None, str(error))
+                await self._pause(num_tries, None, f"no answer ({error})")
                 continue
             if reply.status in TRY_AGAIN:
-                await self._pause(num_tries, reply.retry_after_s, f"HTTP {reply.status}")
+                reason = refusal_in_words(reply.status, reply.body)
+                await self._pause(num_tries, reply.retry_after_s, reason)
                 continue
             self._last_answer = time.monotonic()
             if reply.status < 500 or num_tries >= MAX_TRIES_500:
                 return _told(question, reply)
 
     async def _pause(self, num_tries: int, wanted_s: float | None, reason: str) -> None:
-        """Wait as long as asked to, else longer each time; give up when nobody is answered."""
+        """Say why and wait as long as asked to, else longer each time; give up in the end."""
         silence = time.monotonic() - self._last_answer
         if silence > self._give_up_s:
-            raise BackendFailed(f"nothing was answered for {silence:.0f} s, at last: {reason}")
+            raise BackendFailed(f"nothing was answered for {silence:.0f} s: {reason}")
+        kind = reason.partition(" (")[0]  # what follows may differ from answer to answer
+        self._progress.remind(kind, f"{reason}; trying for {self._give_up_s - silence:.0f} s more")
         pause = min(2.0 ** min(num_tries, 10) / 4, LONGEST_PAUSE_S)
         pause = min(max(pause, wanted_s or 0.0), LONGEST_PAUSE_S)
         await asyncio.sleep(pause * random.uniform(0.75, 1.25))
@@ -303,6 +309,7 @@ class Progress:
     num_output_tokens: int = 0
     began: float = field(default_factory=time.monotonic)
     bar: Any = None
+    reminded: dict[str, float] = field(default_factory=dict)
 
     def begin(self) -> None:
         """Throughput counts from here: the engine is up."""
@@ -330,6 +337,13 @@ class Progress:
 
     def say(self, sentence: str) -> None:
         tqdm.write(f"lockstep: {sentence}", file=sys.stderr)
+
+    def remind(self, kind: str, sentence: str) -> None:
+        """Says a sentence at once, and another of its kind after a minute at the earliest."""
+        now = time.monotonic()
+        if now - self.reminded.get(kind, -math.inf) >= REMIND_S:
+            self.reminded[kind] = now
+            self.say(sentence)
 
     def close(self) -> None:
         if self.bar is not None:

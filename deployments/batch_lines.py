@@ -24,6 +24,7 @@ from deployments.schemas import MAX_BODY_BYTES
 
 URLS = ("/v1/chat/completions", "/v1/completions")
 MAX_LINE_BYTES = MAX_BODY_BYTES + 2**16
+LONGEST_REASON = 200
 
 
 class BatchError(ValueError):
@@ -72,6 +73,16 @@ class Counted(Struct, frozen=True):
     usage: Usage = Usage()
 
 
+class RefusalError(Struct, frozen=True):
+    message: str = ""
+
+
+class Refusal(Struct, frozen=True):
+    """An answer that is an error, as far as it is shown."""
+
+    error: RefusalError = RefusalError()
+
+
 @dataclass(frozen=True, slots=True)
 class Question:
     """A line that can be asked."""
@@ -104,6 +115,7 @@ _decode_asked = msgspec.json.Decoder(Asked).decode
 _decode_body = msgspec.json.Decoder(Body).decode
 _decode_result = msgspec.json.Decoder(Result).decode
 _decode_counted = msgspec.json.Decoder(Counted).decode
+_decode_refusal = msgspec.json.Decoder(Refusal).decode
 _encode = msgspec.json.Encoder().encode
 
 
@@ -170,6 +182,16 @@ def result(question: Question, status: int, request_id: str, body: bytes) -> Res
         error = LineError(f"http_{status}", "The request was refused; the response says why.")
     response = Response(status, request_id, told)
     return Result(_id(question.number), question.custom_id, response, error)
+
+
+def refusal_in_words(status: int, body: bytes) -> str:
+    """Why a line was not answered, on one line of a terminal: "the service answers 503 (...)"."""
+    try:
+        message = _decode_refusal(body).error.message
+    except (msgspec.DecodeError, UnicodeError, RecursionError):
+        message = ""  # from whatever is in front of the service
+    said = "".join(one if one.isprintable() else " " for one in message)[:LONGEST_REASON]
+    return f"the service answers {status}" + (f" ({said})" if said else "")
 
 
 def encode_result(one: Result) -> bytes:

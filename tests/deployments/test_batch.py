@@ -246,9 +246,31 @@ def test_a_fault_that_repeats_itself_is_an_error(tmp_path):
 
 
 def test_without_any_answer_the_batch_gives_up(tmp_path):
-    with pytest.raises(BackendFailed, match="nothing was answered for 0 s, at last: HTTP 503"):
+    with pytest.raises(
+        BackendFailed, match="nothing was answered for 0 s: the service answers 503"
+    ):
         go(tmp_path, line("a"), Echo([Reply(503, "", b"")] * 999), give_up_s=0.05)
     assert results(tmp_path) == []
+
+
+STARTING = b'{"error": {"message": "The engine is not ready:\\n it is starting.", "code": 1}}'
+
+
+@pytest.mark.parametrize(
+    ("waits", "reason"),
+    [
+        (Reply(503, "", STARTING), "the service answers 503 (The engine is not ready:  it is st"),
+        (Reply(503, "", b"<html>"), "the service answers 503; trying for "),
+        (Reply(429, "", b'{"error": 7}'), "the service answers 429; trying for "),
+        (NoAnswer("reset"), "no answer (reset); trying for "),
+    ],
+)
+def test_why_it_waits_is_said_at_once_and_not_for_every_try(tmp_path, capsys, waits, reason):
+    data = b"\n".join([line("a"), line("b"), line("c")])
+    go(tmp_path, data, Echo([waits] * 12))
+    told = capsys.readouterr().err
+    assert told.count(f"lockstep: {reason}") == 1
+    assert told.count("; trying for ") == told.count(" s more\n") == 1
 
 
 def test_an_engine_without_hope_ends_the_batch_and_keeps_what_was_answered(tmp_path):
