@@ -16,12 +16,7 @@ from tests.e2e.test_parallel import A2A, DP2, DP4, REPLICAS, all_of_them, name_o
 from tests.workers.reference import expected_logits, save_tiny
 from tests.workers.test_models import GROUPS, INDEX, LATENT, SHARP_YARN
 
-pytestmark = [
-    pytest.mark.timeout(180),
-    pytest.mark.row("S8"),
-    pytest.mark.row("S10"),
-    pytest.mark.row("S11"),
-]
+pytestmark = pytest.mark.timeout(180)
 
 WIDE = LATENT | GROUPS | {"hidden_size": 64, "v_head_dim": 16, "max_position_embeddings": 128}
 SPARSE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
@@ -95,8 +90,7 @@ def id_of(value):
     return value if isinstance(value, str) else name_of(value)
 
 
-@pytest.mark.row("S6")
-@pytest.mark.row("S7")
+@pytest.mark.row("S6", "S7", "S8", "S10", "S11")
 @pytest.mark.parametrize(("family", "settings"), DEFAULT, ids=id_of)
 def test_real_ranks_say_what_one_rank_says(family, settings, models):
     folder, one_rank = models[family]
