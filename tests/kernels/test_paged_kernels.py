@@ -40,10 +40,14 @@ def test_decodes_equal_the_reference(
     generator = torch.Generator().manual_seed(1)
     slots, kv_lens = [2, 0, 3, 1], [1, 64, 150, 65]
     q = torch.randn(len(slots), num_heads, dim, generator=generator).to(device, dtype)
-    out = torch.full_like(q, float("nan"))
     counters = torch.zeros(len(slots) * num_kv_heads, dtype=torch.int32, device=device)
     positions = torch.tensor(kv_lens, device=device) - 1
-    for _ in range(2):  # the counters are as they were
+    expected = paged_attention_reference(
+        q, keys, values, [table[slot].tolist() for slot in slots], query_lens=[1] * len(slots),
+        kv_lens=kv_lens, scale=0.3, sliding_window=window,
+    )  # fmt: skip
+    for _ in range(2):  # after each launch the counters are as they were
+        out = torch.full_like(q, float("nan"))
         paged_decode(
             q,
             keys.flatten(0, 1),
@@ -58,12 +62,8 @@ def test_decodes_equal_the_reference(
             scale=0.3,
             sliding_window=window,
         )
-    assert not counters.any()
-    expected = paged_attention_reference(
-        q, keys, values, [table[slot].tolist() for slot in slots], query_lens=[1] * len(slots),
-        kv_lens=kv_lens, scale=0.3, sliding_window=window,
-    )  # fmt: skip
-    assert_near(out, expected)
+        assert not counters.any()
+        assert_near(out, expected)
 
 
 @pytest.mark.parametrize("num_seqs", [1, 3, 128, 300])
