@@ -25,6 +25,7 @@ from msgspec import Struct
 from deployments.counters import Counters
 from deployments.counting import Accounts
 from deployments.domain import StepDone
+from deployments.first_cause import first_cause
 from deployments.fleet import Fleet
 from deployments.gang import MISSED_BEATS, Cause, Gang, GangFailed, MaskDue, Model
 from deployments.grammar import GrammarRefused, Matcher, Vocabulary
@@ -67,13 +68,6 @@ MAX_QUEUED = 10_000
 RESTART_WINDOW_S = 600.0
 """More than `max_restarts` epochs lost within this time and the engine gives up: whoever watches
 it (Serve, Kubernetes) starts it on fresh ground."""
-
-
-DEATH_GRACE_S = 0.05
-"""How long a failure that a rank reports waits for the notice of another rank's death."""
-
-LOST_NODE_BEATS = 4
-"""And how many heartbeats it waits for a sign of each other node."""
 
 
 class EngineFailed(RuntimeError):
@@ -297,7 +291,7 @@ class Engine:
             if error is not None:
                 raise GangFailed(str(error), cause=Cause.START) from error
         if self._launching is None:  # until then the fleet belongs to the helper thread
-            for death in self.fleet.deaths():
+            for death in sorted(self.fleet.deaths(), key=lambda death: not death.by_signal):
                 raise GangFailed(death.sentence, death.rank, cause=Cause.DIED)
         gang, link = self._gang, self._link
         if gang is None or link is None:
@@ -367,7 +361,7 @@ class Engine:
         self._ready.clear()
         self._reason = str(failure)
         self._tell_all()
-        failure = self._who_died(failure)
+        failure = self._first_cause(failure)
         self._reason = str(failure)
         self.counters.last_failure = str(failure)
         known = {"epoch": self._epoch, "rank": failure.rank}
@@ -398,46 +392,19 @@ class Engine:
                 self._lost_at, self._loss_cause = now, failure.cause
             self._launch(now)
 
-    def _who_died(self, failure: GangFailed) -> GangFailed:
-        """A rank's complaint may overtake the death that it complains of: name the dead one.
-
-        A rank that was killed, that is: one that ends by itself has complained too, or will.
-        """
-        if failure.cause is not Cause.FAILED or self._launching is not None:
-            return failure
-        deadline = time.monotonic() + DEATH_GRACE_S
-        while time.monotonic() < deadline:
-            for death in self.fleet.deaths():
-                if death.rank != failure.rank and "died: signal" in death.sentence:
-                    return GangFailed(death.sentence, death.rank, cause=Cause.DIED)
-            time.sleep(0.005)
-        return self._lost_node(failure)
-
-    def _lost_node(self, failure: GangFailed) -> GangFailed:
-        """Ray takes long to see that a node is lost: the one whose ranks say nothing more is."""
+    def _first_cause(self, noticed: GangFailed) -> GangFailed:
         gang, link = self._gang, self._link
-        if gang is None or link is None:
-            return failure
-        unheard = gang.nodes()
-        unheard.pop(self.node_ip, None)  # what dies there is seen
-        heard = {failure.rank}
-        wait_s = LOST_NODE_BEATS * self.config.beat_ms / 1000
-        deadline = time.monotonic() + wait_s
-        while True:
-            heard |= {rank for rank, _ in link.receive()}
-            unheard = {ip: ranks for ip, ranks in unheard.items() if heard.isdisjoint(ranks)}
-            left_s = deadline - time.monotonic()
-            if not unheard or left_s <= 0:
-                break
-            link.socket.poll(round(left_s * 1000))
-        for ip, ranks in unheard.items():
-            return GangFailed(
-                f"node {ip} is lost: its ranks {ranks} have said nothing for {wait_s:.1f} s, and "
-                f"{failure}",
-                ranks[0],
-                cause=Cause.SILENT,
-            )
-        return failure
+        if gang is None or link is None or self._launching is not None:
+            return noticed  # while it launches, the fleet belongs to the helper thread
+        nodes = gang.nodes()
+        nodes.pop(self.node_ip, None)
+        return first_cause(
+            noticed,
+            deaths=self.fleet.deaths,
+            link=link,
+            other_nodes=nodes,
+            beat_ms=self.config.beat_ms,
+        )
 
     def _losses_within(self, now: float) -> int:
         while self._losses and now - self._losses[0] > RESTART_WINDOW_S:

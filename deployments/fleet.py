@@ -35,6 +35,11 @@ class Death(NamedTuple):
     sentence: str
     """`rank 1 (pid 123 on 10.0.0.2) died: signal SIGKILL`"""
 
+    @property
+    def by_signal(self) -> bool:
+        """Killed, or crashed: not ended by what it was doing."""
+        return " died: signal " in self.sentence
+
 
 class Fleet(Protocol):
     """What the engine needs of whoever runs its ranks. One thread calls it."""

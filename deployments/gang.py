@@ -73,6 +73,11 @@ class GangFailed(Exception):
         self.cause = cause
 
 
+def complaint(rank: int, reason: str) -> GangFailed:
+    """A rank's own word that it cannot go on."""
+    return GangFailed(f"rank {rank} failed: {reason}", rank)
+
+
 @dataclass(frozen=True, slots=True)
 class Model:
     """What the workers found in the checkpoint, the same on all ranks."""
@@ -152,7 +157,7 @@ class Gang:
             case Started():
                 self._on_started(message)
             case Failed():
-                raise GangFailed(f"rank {rank} failed: {message.reason}", rank)
+                raise complaint(rank, message.reason)
         return []
 
     def pump(self, now: float) -> None:
