@@ -19,11 +19,13 @@ import ray
 from deployments.config import ServiceConfig
 from deployments.driver_client import DriverClient
 from deployments.engine import Engine
+from deployments.exchange import Message
 from deployments.fleet import Fleet, LocalFleet
-from deployments.ingress import Message, Service, build_api
 from deployments.logs import configure_logs
 from deployments.messages import EngineInfo
 from deployments.metrics import MetricsServer
+from deployments.routes import build_api
+from deployments.service import Service
 from deployments.tokenizer import ChatTokenizer
 from workers import bundled
 from workers.config import ray_address

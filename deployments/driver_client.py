@@ -1,6 +1,6 @@
 """An ingress's line to the driver: requests out, tokens back, each exactly once.
 
-`DriverClient` finds the driver, keeps one ZMQ socket to it and remembers of every unfinished
+`DriverClient` finds the driver, keeps one socket to it and remembers of every unfinished
 generation its prompt and the tokens it has passed on. That is all that is needed to go on
 elsewhere: when the driver comes back under a new epoch the generation is sent again with those
 tokens, and it continues where it stopped. A token counts only as (request, next index, live
@@ -9,25 +9,16 @@ epoch); whatever else arrives is dropped. This module knows nothing of HTTP or t
     waiting ──driver ready──> submitted ──last token, Finish, Cancel──> gone
        ^                          │
        └── new epoch, no beats ───┘        waiting longer than `resume_wait_s` ──> EngineUnavailable
-
-The socket is a plain one read from asyncio's `add_reader`: zmq.asyncio costs a future a message.
 """
 
 import asyncio
 import logging
 import secrets
 import time
-from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Self
-
-import msgspec
-import zmq
-from msgspec import Struct
 
 from deployments.counting import Outcome, RequestCounts
+from deployments.driver_socket import DriverSocket
 from deployments.errors import (
     EngineUnavailable,
     GenerationFailed,
@@ -35,6 +26,7 @@ from deployments.errors import (
     RequestError,
     ServiceError,
 )
+from deployments.generations import Event, GenerateSpec, Generation, Generations
 from deployments.messages import (
     FINISH_LENGTH,
     FINISH_STOP,
@@ -43,200 +35,23 @@ from deployments.messages import (
     EngineInfo,
     EngineView,
     Finish,
-    FromIngress,
-    Grammar,
     Refused,
     RequestFailed,
     Submit,
     ToIngress,
     Tokens,
     Watch,
-    decode_to_ingress,
 )
 from deployments.watching import EngineWatch
-from workers.protocol import MAX_MESSAGE_BYTES, Sampling, TokenLogprobs, encode, pack
+from workers.protocol import pack
 
 logger = logging.getLogger("lockstep.driver_client")
 
 MISSED_BEATS = 8
 """So many beats without one from the driver, and it is looked for again."""
 
-HIGH_WATER_MARK = 16384
-"""Messages ZMQ may hold in either direction."""
-
-LAST_WORD_MS = 100
-"""How long closing may take to tell the driver how all requests ended."""
-
 LOCATE_TIMEOUT_S = 10.0
 LOCATE_PAUSE_S = 0.25
-
-
-class GenerateSpec(Struct, frozen=True, kw_only=True):
-    """One generation, whatever engine it ends up on: seed and nonce are fixed here."""
-
-    prompt: bytes
-    """Prompt ids (int32), as `workers.protocol.pack` writes them."""
-    max_tokens: int
-    stop_token_ids: tuple[int, ...]
-    sampling: Sampling
-    salt: str = ""
-    grammar: Grammar | None = None
-
-    @property
-    def num_prompt(self) -> int:
-        return len(self.prompt) // 4
-
-
-class Event(Struct, frozen=True, gc=False):
-    """One output token of the generation number `choice`."""
-
-    choice: int
-    index: int
-    token: int
-    logprobs: TokenLogprobs | None
-    finish_reason: str | None
-
-
-@dataclass(slots=True)
-class Course:
-    """When what happened to a generation (`time.monotonic`); whole once it has ended.
-
-    NOTE: not the loop's clock, which under uvloop stands still while a callback runs.
-    """
-
-    accepted_at: float
-    """It could have been sent to the driver."""
-    sent_at: float
-    """It was sent to the driver that gave its first token."""
-    queue_s: float = 0.0
-    """How long it waited there for its first plan."""
-    first_token_at: float | None = None
-    ended_at: float = 0.0
-    """Its last token was here, or it was given up."""
-    num_tokens: int = 0
-    resumed: list[tuple[float, int, int]] = field(default_factory=list)
-    """(when, epoch, tokens it had) each time it was sent again."""
-
-
-class _Generation:
-    """What is kept of a generation until it ends. `tokens` is only ever appended to."""
-
-    __slots__ = (
-        *("began", "choice", "course", "group", "last_token_at", "num_submits", "request", "spec"),
-        *("submitted", "tokens", "waiting_since"),
-    )
-
-    def __init__(
-        self,
-        group: "Generations",
-        choice: int,
-        request: int,
-        spec: GenerateSpec,
-        *,
-        began: float,
-        now: float,
-    ) -> None:
-        self.group = group
-        self.choice = choice
-        self.request = request
-        self.spec = spec
-        self.began = began
-        """When the client asked."""
-        self.last_token_at = began
-        called_at = time.monotonic()
-        self.course = Course(accepted_at=called_at, sent_at=called_at)
-        self.num_submits = 0
-        self.tokens: list[int] = []
-        self.submitted = False
-        """The live driver has it, in its live epoch."""
-        self.waiting_since: float | None = now
-        """Since when no engine works on it."""
-
-
-class Generations:
-    """The generations of one HTTP request: iterate to get what arrived since the last look.
-
-    Leaving the `async with` cancels whatever has not ended.
-    """
-
-    def __init__(self, client: "DriverClient", num_choices: int) -> None:
-        self._client = client
-        self._events: list[Event] = []
-        self._error: ServiceError | None = None
-        self._wakeup: asyncio.Future[None] | None = None
-        self.live: dict[int, _Generation] = {}
-        """Choices that have not ended."""
-        self.cancelled = False
-        self.num_cached = [0] * num_choices
-        """Prompt tokens found in the prefix cache, by choice."""
-        self.prompt_logprobs: list[dict[int, TokenLogprobs]] = [{} for _ in range(num_choices)]
-        """By choice, then by position in the prompt."""
-        self.courses: list[Course] = []
-        """By choice."""
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if isinstance(error, Exception) and not isinstance(error, OSError):
-            self._drop_all(Outcome.FAILED)  # we could not answer, though the engine went on
-        self.cancel()
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> list[Event]:
-        while not self._events:
-            if self._error is not None:
-                raise self._error
-            if not self.live:
-                raise StopAsyncIteration
-            self._wakeup = asyncio.get_running_loop().create_future()
-            try:
-                await self._wakeup
-            finally:
-                self._wakeup = None
-        events, self._events = self._events, []
-        return events
-
-    def finish(self, choice: int, index: int) -> None:
-        """Output tokens of `choice` from `index` on are not wanted. Again does nothing."""
-        generation = self.live.pop(choice, None)
-        if generation is not None:
-            self._client.drop(generation, Finish(generation.request, index), Outcome.FINISHED)
-
-    def cancel(self) -> None:
-        """Nothing more is wanted. Idempotent, and safe from any callback of the loop."""
-        if self.live:
-            self.cancelled = True
-        self._drop_all(Outcome.CANCELLED)
-        self.wake()
-
-    def fail(self, error: ServiceError) -> None:
-        """End with `error` once the events before it have been read."""
-        if self._error is None and not self.cancelled:
-            self._error = error
-        is_refusal = isinstance(error, RequestError | Overloaded)
-        self._drop_all(Outcome.REJECTED if is_refusal else Outcome.FAILED)
-        self.wake()
-
-    def push(self, event: Event) -> None:
-        self._events.append(event)
-        self.wake()
-
-    def wake(self) -> None:
-        if self._wakeup is not None and not self._wakeup.done():
-            self._wakeup.set_result(None)
-
-    def _drop_all(self, outcome: Outcome) -> None:
-        for generation in self.live.values():
-            self._client.drop(generation, Cancel(generation.request), outcome)
-        self.live.clear()
 
 
 class DriverClient:
@@ -252,15 +67,11 @@ class DriverClient:
     ) -> None:
         self._locate = locate
         self._name = f"{name[:200]}-{secrets.token_hex(6)}"
-        self._node_id = node_id
         self._resume_wait_s = resume_wait_s
-        self._context = zmq.Context()
-        self._socket: zmq.Socket[bytes] | None = None
-        self._fd = -1
-        self._outbox: deque[bytes] = deque()
+        self._socket = DriverSocket(self._on_message, name=self._name, node_id=node_id)
         self._search: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._generations: dict[int, _Generation] = {}
+        self._generations: dict[int, Generation] = {}
         self._next_request = 0
         self._epoch: int | None = None
         self._engine_ready = False
@@ -273,8 +84,7 @@ class DriverClient:
         """What became of the generations asked for here; the beats carry it."""
         self.watch = EngineWatch()
         """For the live page."""
-        self.num_dropped = 0
-        """Messages and tokens that were not this epoch's, not next or not readable."""
+        self._num_stale = 0
 
     async def start(self) -> None:
         """Begin to look for the driver; returns at once."""
@@ -292,11 +102,9 @@ class DriverClient:
         if self._search is not None:
             self._search.cancel()
             await asyncio.gather(self._search, return_exceptions=True)
-        if self._socket is not None:
-            self._send_beat()  # the last word: nothing is in flight
-            self._socket.setsockopt(zmq.LINGER, LAST_WORD_MS)
+        self._send_beat()  # the last word: nothing is in flight
+        self._socket.end()
         self._disconnect()
-        self._context.term()
 
     @property
     def ready(self) -> bool:
@@ -307,10 +115,15 @@ class DriverClient:
     def num_live(self) -> int:
         return len(self._generations)
 
+    @property
+    def num_dropped(self) -> int:
+        """Messages and tokens that were not this epoch's, not next or not readable."""
+        return self._num_stale + self._socket.num_unreadable
+
     def ask_for_views(self) -> None:
         """The driver sends views for some seconds from now; each tick asks again if need be."""
-        if not self._outbox:
-            self._send(Watch(self.watch.last_sample))
+        if not self._socket.is_congested:
+            self._socket.send(Watch(self.watch.last_sample))
 
     def generate(self, specs: Sequence[GenerateSpec], *, began: float | None = None) -> Generations:
         """Start one generation for each spec; call it inside the event loop.
@@ -320,28 +133,28 @@ class DriverClient:
         """
         if self._closed or not self._was_ready:
             raise EngineUnavailable
-        group = Generations(self, len(specs))
+        group = Generations(self._drop, len(specs))
         now = self._now()
         began = now if began is None else began
         self.counts.received += len(specs)
         for choice, spec in enumerate(specs):
             request = self._new_request()
-            generation = _Generation(group, choice, request, spec, began=began, now=now)
+            generation = Generation(group, choice, request, spec, began=began, now=now)
             group.live[choice] = generation
             group.courses.append(generation.course)
             self._generations[generation.request] = generation
             self._submit_if_ready(generation)
         return group
 
-    def drop(self, generation: _Generation, farewell: Cancel | Finish, outcome: Outcome) -> None:
-        """Forget a generation; the driver is told if it has it. For `Generations`."""
+    def _drop(self, generation: Generation, farewell: Cancel | Finish, outcome: Outcome) -> None:
+        """Forget a generation; the driver is told if it has it."""
         known = self._generations.pop(generation.request, None)
         if known is not None:
             self._count(generation, outcome)
             if generation.submitted:
-                self._send(farewell)
+                self._socket.send(farewell)
 
-    def _count(self, generation: _Generation, outcome: Outcome) -> None:
+    def _count(self, generation: Generation, outcome: Outcome) -> None:
         generation.course.num_tokens = len(generation.tokens)
         generation.course.ended_at = time.monotonic()
         self.counts.end(outcome)
@@ -376,46 +189,24 @@ class DriverClient:
         self._connect(info)
 
     def _connect(self, info: EngineInfo) -> None:
-        """A fresh socket with a fresh identity: nothing of an older line can arrive on it."""
         self._disconnect()
         self.watch.forget()
         self.info = info
-        socket = self._context.socket(zmq.DEALER)
-        identity = f"{self._name}-{secrets.token_hex(6)}"
-        socket.setsockopt(zmq.IDENTITY, identity.encode())
-        socket.setsockopt(zmq.LINGER, 0)
-        socket.setsockopt(zmq.SNDHWM, HIGH_WATER_MARK)
-        socket.setsockopt(zmq.RCVHWM, HIGH_WATER_MARK)
-        socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
-        socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
-        if info.node_id == self._node_id and info.ipc_address:
-            socket.connect(info.ipc_address)
-        else:
-            socket.curve_serverkey = info.server_key.encode()
-            socket.curve_publickey = info.client_public_key.encode()
-            socket.curve_secretkey = info.client_secret_key.encode()
-            socket.connect(info.tcp_address)
-        self._socket = socket
-        self._fd = socket.fileno()
-        asyncio.get_running_loop().add_reader(self._fd, self._drain)
+        self._socket.open(info)
         self._last_beat = self._now()
         self._send_beat()
 
     def _disconnect(self) -> None:
         self._engine_ready = False
         self._epoch = None
-        self._outbox.clear()
-        if self._socket is not None:
-            asyncio.get_running_loop().remove_reader(self._fd)
-            self._socket.close()
-            self._socket = None
+        self._socket.close()
         self._hold_all()
 
     def _tick(self) -> None:
         """Once a beat: say that we live, see whether the driver does, end what waits too long."""
         self._timer = asyncio.get_running_loop().call_later(self._beat_s, self._tick)
-        self._drain()  # a busy loop may have beats unread: they count
-        if self._socket is not None:
+        self._socket.drain()  # a busy loop may have beats unread: they count
+        if self._socket.is_open:
             if self._now() - self._last_beat > MISSED_BEATS * self._beat_s:
                 logger.warning("no beat from the driver for %d beats: looking for it", MISSED_BEATS)
                 self._disconnect()
@@ -428,8 +219,8 @@ class DriverClient:
         self._end_overdue()
 
     def _send_beat(self) -> None:
-        if not self._outbox:
-            self._send(self.counts.beat(self._name, in_flight=len(self._generations)))
+        if not self._socket.is_congested:
+            self._socket.send(self.counts.beat(self._name, in_flight=len(self._generations)))
 
     def _end_overdue(self) -> None:
         limit = self._now() - self._resume_wait_s
@@ -439,16 +230,17 @@ class DriverClient:
 
     # Sending.
 
-    def _submit_if_ready(self, generation: _Generation) -> None:
+    def _submit_if_ready(self, generation: Generation) -> None:
         if not self._engine_ready or self._epoch is None or generation.submitted:
             return
         spec = generation.spec
         generation.num_submits += 1
         self.counts.resumed += generation.num_submits == 2
-        self._note_sent(generation, self._epoch)
+        again = generation.num_submits > 1
+        generation.course.note_sent(self._epoch, len(generation.tokens), again=again)
         generation.submitted = True
         generation.waiting_since = None
-        self._send(
+        self._socket.send(
             Submit(
                 epoch=self._epoch,
                 request=generation.request,
@@ -461,16 +253,6 @@ class DriverClient:
                 grammar=spec.grammar,
             )
         )
-
-    def _note_sent(self, generation: _Generation, epoch: int) -> None:
-        course, num_tokens = generation.course, len(generation.tokens)
-        now = time.monotonic()
-        if not num_tokens:
-            course.sent_at = now
-        if generation.num_submits > 1:
-            if course.resumed and course.resumed[-1][1:] == (epoch, num_tokens):
-                course.resumed.pop()  # it was refused for want of room: this is one more try
-            course.resumed.append((now, epoch, num_tokens))
 
     def _submit_all(self) -> None:
         if self._engine_ready:
@@ -488,51 +270,17 @@ class DriverClient:
             if generation.waiting_since is None:
                 generation.waiting_since = now
 
-    def _send_again(self, generation: _Generation) -> None:
+    def _send_again(self, generation: Generation) -> None:
         """Tokens were lost on the way: ask for them under a new number."""
         self._generations.pop(generation.request)
-        self._send(Cancel(generation.request))
+        self._socket.send(Cancel(generation.request))
         generation.request = self._new_request()
         generation.submitted = False
         generation.waiting_since = self._now()
         self._generations[generation.request] = generation
         self._submit_if_ready(generation)
 
-    def _send(self, message: FromIngress) -> None:
-        if self._socket is not None:
-            self._outbox.append(encode(message))
-            self._flush()
-
-    def _flush(self) -> None:
-        if self._socket is None or not self._outbox:
-            return
-        try:
-            while self._outbox:
-                self._socket.send(self._outbox[0], zmq.NOBLOCK)
-                self._outbox.popleft()
-        except zmq.Again:
-            pass  # the high-water mark: the descriptor or the next tick brings us back
-        # NOTE: the descriptor is edge-triggered, and a send may swallow the edge of a message
-        # that came in meanwhile: without this look it would lie there until the next one.
-        if int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
-            asyncio.get_running_loop().call_soon(self._drain)
-
     # Receiving.
-
-    def _drain(self) -> None:
-        """Read until there is nothing left: the descriptor tells of a change only once."""
-        while self._socket is not None:
-            try:
-                data = self._socket.recv(zmq.NOBLOCK)
-            except zmq.Again:
-                break
-            try:
-                message = decode_to_ingress(data)
-            except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
-                self.num_dropped += 1
-                continue
-            self._on_message(message)
-        self._flush()
 
     def _on_message(self, message: ToIngress) -> None:
         match message:
@@ -581,7 +329,7 @@ class DriverClient:
         if message.epoch != self._epoch or not (
             len(message.requests) == len(message.indexes) == len(message.tokens)
         ):
-            self.num_dropped += 1
+            self._num_stale += 1
             return
         self._note_prompts(message)
         logprobs = {(request, index): found for request, index, found in message.logprobs}
@@ -596,7 +344,7 @@ class DriverClient:
             if generation is None:
                 continue
             if index != len(generation.tokens):
-                self.num_dropped += 1
+                self._num_stale += 1
                 if index > len(generation.tokens):
                     self._send_again(generation)
                 continue
@@ -637,7 +385,7 @@ class DriverClient:
         self._forget(generation, Outcome.FAILED)
         generation.group.fail(ServiceError(f"the driver ended the request: {reason}"))
 
-    def _forget(self, generation: _Generation, outcome: Outcome) -> None:
+    def _forget(self, generation: Generation, outcome: Outcome) -> None:
         if self._generations.pop(generation.request, None) is not None:
             self._count(generation, outcome)
         generation.group.live.pop(generation.choice, None)

@@ -18,7 +18,7 @@
 A message says what was asked, what there is, and what to change. It may be shown to a client word
 for word, so it never quotes another exception, a path or an address: operators' errors
 (`ClusterError`) are logged and shown as `ServiceError`'s fixed sentence. This module knows nothing
-of HTTP but the numbers; `deployments.ingress` turns an error into a response.
+of HTTP but the numbers; `deployments.exchange` turns an error into a response.
 
     >>> RequestError("n=9 is over the limit of 8", param="n").body()["error"]["param"]
     'n'

@@ -3,7 +3,7 @@
 A limit is written once, in the annotation of its field; `parse` turns what msgspec finds into a
 `RequestError` whose `param` names the field. A field of OpenAI's that is not offered is listed
 in `NEUTRAL`: clients may send it at the value that asks for nothing. What depends on the model
-(its vocabulary, the length of its context) is checked in `deployments.openai_api`.
+(its vocabulary, the length of its context) is checked in `deployments.request_plan`.
 
     >>> parse_completion(b'{"model": "m", "prompt": "2+2=", "max_token": 4}')
     Traceback (most recent call last):

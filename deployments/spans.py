@@ -21,8 +21,8 @@ from typing import TypeAlias
 from msgspec import Struct
 
 from deployments.counting import Outcome
-from deployments.driver_client import Course
-from deployments.openai_api import Plan
+from deployments.generations import Course
+from deployments.request_plan import Plan
 from deployments.schemas import Usage
 
 Value: TypeAlias = str | bool | int | float | Sequence[str]

@@ -398,8 +398,8 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "C1",
         "a stream ends without [DONE]",
-        "deployments/ingress.py",
-        '    await exchange.write(last + _event(b"[DONE]"), more=False)\n',
+        "deployments/service.py",
+        '    await exchange.write(last + event_of(b"[DONE]"), more=False)\n',
         "    await exchange.write(last, more=False)\n",
     ),
     Mutation(

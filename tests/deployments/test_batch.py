@@ -28,7 +28,7 @@ from deployments.batch_lines import (
     read_question,
     result,
 )
-from tests.deployments.test_ingress import MODEL, running
+from tests.deployments.front import MODEL, running
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from deployments.driver_client import DriverClient, Event, GenerateSpec
+from deployments.driver_client import DriverClient
 from deployments.errors import (
     EngineUnavailable,
     GenerationFailed,
@@ -18,6 +18,7 @@ from deployments.errors import (
     RequestError,
     ServiceError,
 )
+from deployments.generations import Event, GenerateSpec
 from deployments.messages import (
     Cancel,
     DriverBeat,

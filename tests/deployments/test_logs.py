@@ -6,10 +6,10 @@ import logging
 
 import pytest
 
+from deployments import service
 from deployments.errors import ServiceError
 from deployments.logs import REQUESTS, ROOT, JsonFormatter, configure_logs
-from tests.deployments import test_ingress
-from tests.deployments.test_ingress import ENDPOINTS, body_for, running
+from tests.deployments.front import ENDPOINTS, body_for, running
 
 CANARY = "canary-7f3a"
 
@@ -89,7 +89,7 @@ def test_prompts_are_never_logged(lines, monkeypatch, error):
             front.http.post(path, content=CANARY, headers={"content-type": "application/json"})
             for name in ("plan_chat", "plan_completion"):
                 with monkeypatch.context() as patch:
-                    patch.setattr(test_ingress.ingress, name, fails)
+                    patch.setattr(service, name, fails)
                     front.http.post(path, json=body)
     written = lines()
     assert sum(line["level"] == "error" for line in written) == 2

@@ -30,8 +30,9 @@ from deployments.driver_client import DriverClient
 from deployments.engine import Engine
 from deployments.fleet import LocalFleet
 from deployments.gang import Cause
-from deployments.ingress import Service, build_api
 from deployments.metrics import MetricsServer
+from deployments.routes import build_api
+from deployments.service import Service
 from deployments.tokenizer import ChatTokenizer
 from workers import bundled
 from workers.config import EngineConfig

@@ -8,10 +8,11 @@ import re
 
 import pytest
 
-from deployments import ingress, page
+from deployments import page, routes
 from deployments.counters import Counters
 from deployments.counting import TTFT_BOUNDS, RequestCounts
 from deployments.domain import StepDone
+from deployments.exchange import encode_json
 from deployments.messages import (
     Distribution,
     EngineState,
@@ -26,7 +27,7 @@ from deployments.requests import Request
 from deployments.scheduler import Scheduler
 from deployments.viewpoint import MAX_SAMPLES, MAX_STEPS, WATCH_S, Viewpoint
 from deployments.watching import EngineWatch
-from tests.deployments.test_ingress import check_error, running, wait_for
+from tests.deployments.front import check_error, running, wait_for
 from workers.config import EngineConfig
 from workers.protocol import Ack, Header, Hello, encode
 
@@ -169,7 +170,7 @@ def test_messages_survive_the_wire():
 
 def test_a_view_has_no_place_for_what_people_say():
     """Texts in it are devices, reasons, and names of collectives; all else is numbers."""
-    texts = re.findall(r'"(\w+)": *"', json.dumps(json.loads(ingress.encode_json(engine_state()))))
+    texts = re.findall(r'"(\w+)": *"', json.dumps(json.loads(encode_json(engine_state()))))
     assert set(texts) <= {"reason", "last_failure", "device"}
 
 
@@ -266,15 +267,15 @@ def test_a_stream_of_looks(front):
 
 def test_nobody_looks_nobody_asks(front):
     looks(front)
-    wait_for(lambda: front.client.watch.num_streams == 0, timeout_s=ingress.AWAY_S + 5)
+    wait_for(lambda: front.client.watch.num_streams == 0, timeout_s=routes.AWAY_S + 5)
     front.driver.received.clear()
     wait_for(lambda: len(front.driver.received) > 5)
     assert front.driver.of(Watch) == []
 
 
 def test_a_stream_ends_by_itself_and_says_when_the_driver_is_away(front, monkeypatch):
-    monkeypatch.setattr(ingress, "LOOK_S", 0.2)
-    monkeypatch.setattr(ingress, "AWAY_S", 0.1)
+    monkeypatch.setattr(routes, "LOOK_S", 0.2)
+    monkeypatch.setattr(routes, "AWAY_S", 0.1)
     text = front.http.get("/api/engine").text
     assert text.endswith("\n\n")
     first = json.loads(text.split("\n\n")[0].removeprefix("data: "))

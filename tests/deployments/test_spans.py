@@ -4,8 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deployments.counting import Outcome
-from deployments.driver_client import Course, GenerateSpec
-from deployments.openai_api import Plan
+from deployments.generations import Course, GenerateSpec
+from deployments.request_plan import Plan
 from deployments.schemas import PromptTokensDetails, Usage
 from deployments.spans import MAX_TRACED, Exchanged, Work, phases, request_span
 from workers.protocol import Sampling, pack

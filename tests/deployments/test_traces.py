@@ -14,8 +14,9 @@ import pytest
 
 from deployments.config import ServiceConfig
 from deployments.driver_client import DriverClient
-from deployments.ingress import Service, build_api
 from deployments.messages import RequestFailed, Submit
+from deployments.routes import build_api
+from deployments.service import Service
 from deployments.traces import FLUSH_S, Traces
 from tests.deployments.collector import Collector, check_nested
 from tests.deployments.fakes import FakeDriver, chat_tokenizer, saying

@@ -12,9 +12,10 @@ import httpx
 import pytest
 
 from deployments.driver_client import DriverClient
-from deployments.ingress import Service, build_api
 from deployments.llm import LLM, SamplingParams
 from deployments.messages import Grammar
+from deployments.routes import build_api
+from deployments.service import Service
 from workers.bundled.questions import answer
 
 pytestmark = pytest.mark.timeout(60)

@@ -19,7 +19,8 @@ import uvicorn
 from deployments.driver_client import DriverClient
 from deployments.engine import Engine
 from deployments.fleet import LocalFleet
-from deployments.ingress import Service, build_api
+from deployments.routes import build_api
+from deployments.service import Service
 from deployments.tokenizer import ChatTokenizer
 from tests.page.browser import Browser, find_browser, wait_until
 from workers import bundled
