@@ -6,9 +6,9 @@ lengths (100 to 1024 in, 100 to 1024 out, drawn with seed 0). Prompts are random
 greedy and ignore the end of sequence, so any weights will do: a preset name (`8b`) stands for a
 model of that shape with random weights.
 
-What is timed is checked: every answer must have its length, and one prompt of a batch is run again
-alone, which must give the same ids, unless the two ids that differ are nearly equally likely. If
-it does not, the case says so and the exit code is 1.
+What is timed is checked: every answer must have its length, and after the last case a sample of
+each case's answers is read as prompts (`deployments.bench_tokens`): one line `tokens_ok` a case. If
+one is false the exit code is 1.
 """
 
 import json
@@ -20,14 +20,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from deployments.bench_tokens import Timed, greedy, read_again, sample, verdicts
 from deployments.config import ServiceConfig
-from deployments.llm import LLM, Answer, SamplingParams
+from deployments.llm import LLM, Answer
 from workers import bundled
 from workers.architectures import read_model_config
-
-NEAR_TIE = 0.3
-"""Log-probabilities less apart may change places: so much they differ in bfloat16 from one shape of
-a batch to another, over the layers of a large model."""
 
 QWEN3: dict[str, Any] = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -198,6 +195,28 @@ class Workload:
     mixed_lengths: tuple[int, int] = (100, 1024)
     max_id: int = 10000
 
+    @property
+    def cases(self) -> tuple[str, ...]:
+        """Names of the cases, in their order."""
+        batches = (self.batch_case(size) for size in self.batches)
+        return ("bs1_tpot_ms", *batches, f"offline{self.num_mixed}_out_tok_s")
+
+    def batch_case(self, size: int) -> str:
+        length = "1k" if self.batch_prompt == 1024 else str(self.batch_prompt)
+        return f"bs{size}_{length}_tpot_ms"
+
+
+QUICK = Workload(
+    alone_prompt=16,
+    alone_output=16,
+    batches=(4,),
+    batch_prompt=32,
+    batch_output=16,
+    num_mixed=8,
+    mixed_lengths=(4, 48),
+)
+"""To try the command where there is no GPU."""
+
 
 class WrongAnswer(RuntimeError):
     """What was timed was not what was asked for."""
@@ -209,38 +228,52 @@ class Bench:
     def __init__(self, llm: LLM, workload: Workload) -> None:
         self._llm, self._workload = llm, workload
         self._random = random.Random(0)
-        self.num_wrong = 0
-        """Batches in which a prompt had another answer than alone."""
+        self._timed: list[Timed] = []
 
-    def cases(self) -> Iterator[dict[str, Any]]:
-        """Each case's name, value and what else is known of it."""
+    def cases(self, names: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
+        """Each case's name, value and what else is known of it; `names` of none are all."""
         work = self._workload
+        names = names or work.cases
         self._run([self._prompt(64)], [16])
-        alone = [self._prompt(work.alone_prompt)]
-        first_s = min(self._run(alone, [1])[0] for _ in range(2))
-        all_s = min(self._run(alone, [work.alone_output + 1])[0] for _ in range(2))
-        yield {
-            "case": "bs1_tpot_ms",
+        if work.cases[0] in names:
+            yield self._alone(work.cases[0])
+        for size in work.batches:
+            if work.batch_case(size) in names:
+                yield self._batch(work.batch_case(size), size)
+        if work.cases[-1] in names:
+            yield self._mixed(work.cases[-1])
+
+    def checks(self) -> list[dict[str, Any]]:
+        """Whether the tokens of the cases so far are right, a line each."""
+        return verdicts([read_again(self._llm, timed) for timed in self._timed])
+
+    def _alone(self, case: str) -> dict[str, Any]:
+        work = self._workload
+        prompts = [self._prompt(work.alone_prompt)]
+        first_s = min(self._run(prompts, [1])[0] for _ in range(2))
+        runs = [self._run(prompts, [work.alone_output + 1]) for _ in range(2)]
+        all_s, answers = min(runs, key=lambda run: run[0])
+        self._timed.append(Timed(case, prompts, answers))
+        return {
+            "case": case,
             "value": round((all_s - first_s) / work.alone_output * 1e3, 3),
             "ttft_ms": round(first_s * 1e3, 1),
         }
-        for size in work.batches:
-            yield self._batch(size)
-        yield self._mixed()
 
-    def _batch(self, size: int) -> dict[str, Any]:
+    def _batch(self, case: str, size: int) -> dict[str, Any]:
         work = self._workload
         prompts = [self._prompt(work.batch_prompt) for _ in range(size)]
         first_s, _ = self._run(prompts, [1] * size)
         all_s, answers = self._run(prompts, [work.batch_output + 1] * size)
+        self._timed.append(Timed(case, prompts, answers))
         return {
-            "case": f"bs{size}_1k_tpot_ms",
+            "case": case,
             "value": round((all_s - first_s) / work.batch_output * 1e3, 3),
             "prefill_tok_s": round(size * work.batch_prompt / first_s),
-            "check": self._check_alone(answers[size // 2]),
         }
 
-    def _mixed(self) -> dict[str, Any]:
+    def _mixed(self, case: str) -> dict[str, Any]:
+        """The requests of `num_mixed` lengths; a sample of them is run again to be checked."""
         work = self._workload
         draw = random.Random(0)
         prompts = [
@@ -248,9 +281,11 @@ class Bench:
             for _ in range(work.num_mixed)
         ]
         lengths = [draw.randint(*work.mixed_lengths) for _ in range(work.num_mixed)]
-        seconds, _ = self._run(prompts, lengths)
+        seconds, answers = self._run(prompts, lengths)
+        picked = sample(answers)
+        self._timed.append(Timed(case, [prompts[n] for n in picked], [answers[n] for n in picked]))
         return {
-            "case": f"offline{work.num_mixed}_out_tok_s",
+            "case": case,
             "value": round(sum(lengths) / seconds),
             "out_tokens": sum(lengths),
             "s": round(seconds, 2),
@@ -273,36 +308,19 @@ class Bench:
             raise WrongAnswer(f"answers of {sum(short)} tokens came, and {sum(lengths)} were asked")
         return seconds, answers
 
-    def _check_alone(self, answer: Answer) -> str:
-        """Whether a batch's answer is what the prompt gives alone."""
-        (alone,) = self._llm.generate(
-            [answer.prompt_ids], greedy(len(answer.ids)), detokenize=False
-        )
-        if alone.ids == answer.ids:
-            return "equal"
-        pairs = enumerate(zip(alone.ids, answer.ids, strict=True))
-        at = next(index for index, (mine, theirs) in pairs if mine != theirs)
-        prompt = answer.prompt_ids + answer.ids[:at]
-        (again,) = self._llm.generate([prompt], greedy(1, logprobs=5), detokenize=False)
-        top = dict(zip(again.logprobs[0].top_ids, again.logprobs[0].top_logprobs, strict=True))
-        apart = abs(top.get(alone.ids[at], -99.0) - top.get(answer.ids[at], 99.0))
-        if apart > NEAR_TIE:
-            self.num_wrong += 1
-            return f"WRONG: other ids after {at} tokens, {apart:.3f} apart"
-        return f"equal for {at} tokens, then a tie ({apart:.4f})"
-
-
-def greedy(length: int, logprobs: int | None = None) -> SamplingParams:
-    return SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=length, logprobs=logprobs)
-
 
 def offline(
     settings: dict[str, Any],
     *,
     workload: Workload = Workload(),
+    cases: Sequence[str] = (),
+    check_tokens: bool = True,
     show: Callable[[str], None] = print,
 ) -> int:
-    """Run all cases; the exit code."""
+    """Run the cases, all if none is named; the exit code."""
+    unknown = [case for case in cases if case not in workload.cases]
+    if unknown:
+        raise ValueError(f"there is no case {unknown[0]!r}: there are {', '.join(workload.cases)}")
     name = settings.get("model", "")
     with tempfile.TemporaryDirectory() as folder:
         chosen = DEFAULTS | settings | _preset(name, Path(folder))
@@ -318,9 +336,12 @@ def offline(
             startup_s = round(time.perf_counter() - began, 1)
             show(json.dumps(about | {"case": "startup_s", "value": startup_s}))
             bench = Bench(llm, workload)
-            for case in bench.cases():
+            for case in bench.cases(cases):
                 show(json.dumps(about | case))
-    return 1 if bench.num_wrong else 0
+            checks = bench.checks() if check_tokens else []
+            for check in checks:
+                show(json.dumps(about | check))
+    return 0 if all(check["value"] for check in checks) else 1
 
 
 def _preset(name: str, folder: Path) -> dict[str, Any]:

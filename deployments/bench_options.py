@@ -1,4 +1,4 @@
-"""What `lockstep bench serve` and `bench step` can be told, and the flags that say it.
+"""What `lockstep bench offline`, `step` and `serve` can be told, and the flags that say it.
 
 Where `vllm bench serve` has a flag for the same thing, its spelling is taken too.
 """
@@ -52,6 +52,25 @@ class ServeOptions:
             raise ValueError("token ids can be sent to completions only: drop --endpoint chat")
         if self.api_key and self.api_key_file:
             raise ValueError("give one of --api-key and --api-key-file")
+
+
+def add_offline_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--cases",
+        type=lambda text: tuple(filter(None, text.split(","))),
+        default=(),
+        metavar="NAME[,NAME...]",
+        help="only these, by the names that are printed (default: all)",
+    )
+    parser.add_argument(
+        "--no-check-tokens",
+        dest="check_tokens",
+        action="store_false",
+        help="do not read answers again to check them",
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="small sizes, to try the command on a CPU"
+    )
 
 
 def add_step_flags(parser: argparse.ArgumentParser) -> None:

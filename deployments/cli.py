@@ -10,7 +10,12 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from deployments.bench_options import ServeOptions, add_serve_flags, add_step_flags
+from deployments.bench_options import (
+    ServeOptions,
+    add_offline_flags,
+    add_serve_flags,
+    add_step_flags,
+)
 from deployments.config import ServiceConfig, ServiceSettings, fields, help_texts
 from workers.config import EngineConfig
 
@@ -74,9 +79,14 @@ def _bench(benchmark: str, args: dict[str, Any]) -> int:
         from deployments.bench_step import bench_step
 
         return bench_step(args.pop("cases"), args)
-    from deployments.bench import offline
+    from deployments.bench import QUICK, Workload, offline
 
-    return offline(args)
+    return offline(
+        args,
+        workload=QUICK if args.pop("quick") else Workload(),
+        cases=args.pop("cases"),
+        check_tokens=args.pop("check_tokens"),
+    )
 
 
 def _unknown(flag: str) -> str:
@@ -126,6 +136,7 @@ def _add_bench(commands: Any) -> None:
         help="no HTTP, one JSON line a case; --model may be a preset: 0.6b, 8b, 30b-a3b, v2-lite, "
         "v32-mini",
     )
+    add_offline_flags(offline)
     _add_settings(offline, EngineConfig)
     serve = benchmarks.add_parser(
         "serve", allow_abbrev=False, help="a running service, any with OpenAI's API, over HTTP"
