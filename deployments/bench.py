@@ -213,7 +213,7 @@ QUICK = Workload(
     batch_prompt=32,
     batch_output=16,
     num_mixed=8,
-    mixed_lengths=(4, 48),
+    mixed_lengths=(4, 24),
 )
 """To try the command where there is no GPU."""
 

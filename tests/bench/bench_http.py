@@ -19,7 +19,6 @@ import contextlib
 import faulthandler
 import shlex
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -35,7 +34,7 @@ from deployments.engine import Engine
 from deployments.llm import LLM, SamplingParams
 from tests.bench.engine_client import EngineClient
 from tests.bench.ray_service import driver_info, ray_and_serve, service
-from tests.bench.results import FOLDER, ratio_interval, record
+from tests.bench.results import FOLDER, device_name, ratio_interval, record
 from tests.bench.stand_in import write_preset
 from workers.config import count_local_gpus
 
@@ -216,17 +215,6 @@ def settings_of(args: argparse.Namespace, sizes: Sizes, folder: Path) -> dict[st
     elif args.model:
         settings["model"] = args.model
     return settings
-
-
-def device_name(device: str) -> str:
-    if device == "cpu":
-        return "CPU"
-    words = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=20, check=False)
-    except OSError:
-        return "GPU"
-    return done.stdout.strip().splitlines()[0] if done.stdout.strip() else "GPU"
 
 
 def main() -> None:

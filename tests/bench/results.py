@@ -54,12 +54,11 @@ def record(
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.csv"
     is_new = not path.exists()
-    versions = " ".join(f"{p}={_version(p)}" for p in ("torch", "ray", "pyzmq"))
     row = [
         datetime.date.today().isoformat(),
-        _commit(),
+        commit(),
         device,
-        f"python={platform.python_version()} {versions}",
+        versions("torch", "ray", "pyzmq"),
         case,
         unit,
         *(f"{value:.4g}" for value in percentiles(values)),
@@ -73,7 +72,29 @@ def record(
     print(f"{case:52s} {row[6]:>10s} {row[7]:>10s} {row[8]:>10s} {unit}", flush=True)
 
 
-def _commit() -> str:
+def versions(*packages: str) -> str:
+    """
+    >>> versions("torch").split("=")[0]
+    'python'
+    """
+    found = " ".join(f"{package}={_version(package)}" for package in packages)
+    return f"python={platform.python_version()} {found}"
+
+
+def device_name(device: str = "cuda") -> str:
+    """The GPU's name, or CPU where there is none or none is meant."""
+    if device == "cpu":
+        return "CPU"
+    words = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=20, check=False)
+    except OSError:
+        return "CPU"
+    names = done.stdout.strip().splitlines()
+    return names[0] if names else "GPU"
+
+
+def commit() -> str:
     """Empty where the files are no repository, or there is no git."""
     try:
         done = subprocess.run(
