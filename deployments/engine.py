@@ -17,7 +17,6 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 
 import zmq
 from msgspec import Struct
@@ -27,9 +26,7 @@ from deployments.counting import Accounts
 from deployments.domain import StepDone
 from deployments.first_cause import first_cause
 from deployments.fleet import Fleet
-from deployments.gang import MISSED_BEATS, Cause, Gang, GangFailed, MaskDue, Model
-from deployments.grammar import GrammarRefused, Matcher, Vocabulary
-from deployments.grammars import Grammars, Masks, Opened
+from deployments.gang import MISSED_BEATS, Cause, Gang, GangFailed, Model
 from deployments.ingress_link import Ingress, IngressLink
 from deployments.messages import (
     Cancel,
@@ -38,26 +35,21 @@ from deployments.messages import (
     EngineView,
     Finish,
     FromIngress,
-    Grammar,
     IngressBeat,
-    Refused,
-    RequestFailed,
     Submit,
     ToIngress,
-    Tokens,
     Watch,
 )
-from deployments.pages import page_names
-from deployments.requests import GRAMMAR_ERROR, NUMERICAL_ERROR, Request
+from deployments.outbox import outbox_of
+from deployments.request_book import RequestBook
 from deployments.requests import Finish as FinishReason
-from deployments.scheduler import RequestTooLarge, Scheduler, route
+from deployments.scheduler import Scheduler
 from deployments.sockets import CurveKeys, Gate, IpcFolder, bind_router
 from deployments.viewpoint import Viewpoint
 from deployments.worker_link import LinkFull, WorkerLink
-from workers import bundled
 from workers.architectures import plan_of
 from workers.config import EngineConfig, Environment
-from workers.protocol import Hello, TokenLogprobs, unpack
+from workers.protocol import Hello
 from workers.spec import read_failpoints
 
 log = logging.getLogger("lockstep.engine")
@@ -130,13 +122,9 @@ class Engine:
         self._launching: Future[None] | None = None
         self._gang: Gang | None = None
         self._link: WorkerLink | None = None
-        self._requests: dict[tuple[bytes, int], tuple[Request, Scheduler]] = {}
-        self._grammars = Grammars(self._load_vocabulary)
-        self._opening: dict[tuple[bytes, int], tuple[Request, Grammar]] = {}
-        """Requests whose grammar is being compiled."""
+        self._book = RequestBook(config, self.counters, self._send)
         self._model: Model | None = None
         """As it was found when the first epoch began to serve."""
-        self._num_arrivals = 0
         self._epoch = 0
         self._lost_at: float | None = None
         self._loss_cause = Cause.FAILED
@@ -274,7 +262,7 @@ class Engine:
     def _poll(self) -> None:
         poller = zmq.Poller()
         poller.register(self._ingresses.socket, zmq.POLLIN)
-        poller.register(self._grammars.wake, zmq.POLLIN)
+        poller.register(self._book.wake, zmq.POLLIN)
         if self._launching is None:
             poller.register(self.fleet.wake, zmq.POLLIN)
         if self._link is not None:
@@ -302,11 +290,13 @@ class Engine:
         gang.check(now)
         if gang.serving and not self._ready.is_set():
             self._on_serving(now)
-        self._take_grammars(gang)
-        self._ask_masks(gang)  # first, so that they are computed while the next step is planned
+        self._book.take_grammars(gang)
+        self._book.ask_masks(
+            gang
+        )  # first, so that they are computed while the next step is planned
         gang.pump(now)
-        self._ask_masks(gang)
-        self._tell_failed()
+        self._book.ask_masks(gang)
+        self._book.tell_failed(gang)
 
     # Epochs
 
@@ -370,9 +360,7 @@ class Engine:
             known["step"] = step
         log.error("epoch %d is over: %s", self._epoch, failure, extra=known)
         self._on_progress(str(failure))
-        self._requests.clear()
-        self._opening.clear()
-        self._grammars.forget_tickets()
+        self._book.forget()
         self.counters.losses[failure.cause] += 1
         self.counters.num_preemptions = self.num_preemptions
         self._gang = None
@@ -417,7 +405,7 @@ class Engine:
                 self._gang.stop()
         self._executor.submit(self.fleet.stop).result()
         self._executor.shutdown()
-        self._grammars.close()
+        self._book.close()
         if self._link is not None:
             self._link.close()
         self._ingress_socket.close()
@@ -426,107 +414,24 @@ class Engine:
         self._context.destroy(linger=0)
         self._folder.close()
 
-    # Requests
+    # Ingresses
 
     def _on_ingress(self, ingress: Ingress, message: FromIngress) -> None:
         match message:
             case Submit():
-                self._on_submit(ingress, message)
+                gang = self._gang
+                if gang is None or not gang.serving or message.epoch != gang.epoch:
+                    return  # it hears of the epoch it should have named, and submits again
+                if gang.model is not None:
+                    self._book.submit(ingress.identity, message, gang, gang.model)
             case Cancel():
-                self._end(ingress.identity, message.request, FinishReason.CANCELLED)
+                self._book.end(ingress.identity, message.request, FinishReason.CANCELLED)
             case Finish():
-                self._end(ingress.identity, message.request, FinishReason.STOP)
+                self._book.end(ingress.identity, message.request, FinishReason.STOP)
             case IngressBeat():
                 self.accounts.heard(ingress.identity, message)
             case Watch():
                 self._viewpoint.watch(ingress.identity, message.since, time.monotonic())
-
-    def _on_submit(self, ingress: Ingress, submit: Submit) -> None:
-        gang = self._gang
-        if submit.epoch != self._epoch or gang is None or not gang.serving or gang.model is None:
-            return  # the ingress hears of the epoch it should have named, and submits again
-        key = (ingress.identity, submit.request)
-        request = Request(
-            key=key,
-            tokens=unpack(submit.tokens).tolist(),
-            num_prompt=submit.num_prompt,
-            max_tokens=submit.max_tokens,
-            stop_token_ids=frozenset(submit.stop_token_ids),
-            sampling=submit.sampling,
-            salt=submit.salt,
-            queued_at=time.monotonic(),
-        )
-        refusal = self._refusal(request, gang)
-        if refusal is not None:
-            self._send(ingress.identity, refusal)
-        elif submit.grammar is None:
-            self._add(request, gang)
-        else:
-            self._opening[key] = request, submit.grammar
-            opened = self._grammars.open(key, submit.grammar)
-            if opened is not None:
-                self._on_opened(opened, gang)
-
-    def _add(self, request: Request, gang: Gang) -> None:
-        """Give a request to a replica."""
-        identity, number = request.key
-        schedulers = gang.schedulers
-        page_size = self.config.page_size
-        chosen = route(
-            schedulers,
-            len(request.tokens),
-            lambda: page_names(request.tokens, page_size=page_size, salt=request.salt),
-        )
-        request.arrival = self._num_arrivals
-        try:
-            schedulers[chosen].add(request)
-        except RequestTooLarge as error:
-            self._send(
-                identity, Refused(number, 400, str(error), "max_tokens", "context_length_exceeded")
-            )
-            return
-        self._num_arrivals += 1
-        self._requests[request.key] = (request, schedulers[chosen])
-
-    def _refusal(self, request: Request, gang: Gang) -> Refused | None:
-        """The driver's own guard, whatever the ingress has checked already."""
-        number = request.key[1]
-        model = gang.model
-        if model is None or request.key in self._requests or request.key in self._opening:
-            return Refused(number, 400, "this request is already running", "request")
-        if request.num_prompt > len(request.tokens):
-            return Refused(number, 400, "the prompt is longer than the tokens sent", "prompt")
-        if request.num_output >= request.max_tokens:
-            return Refused(number, 400, "nothing is left to generate", "max_tokens")
-        if any(not 0 <= token < model.vocab_size for token in request.tokens):
-            sentence = f"token ids must be from 0 to {model.vocab_size - 1}"
-            return Refused(number, 400, sentence, "prompt")
-        if request.num_prompt + request.max_tokens > model.max_model_len:
-            sentence = (
-                f"{request.num_prompt} prompt tokens and {request.max_tokens} output tokens are "
-                f"more than the model's {model.max_model_len}"
-            )
-            return Refused(number, 400, sentence, "max_tokens", "context_length_exceeded")
-        num_waiting = sum(len(scheduler.waiting) for scheduler in gang.schedulers)
-        if num_waiting >= self.config.max_queued_requests:
-            sentence = f"{num_waiting} requests are waiting already; try again later"
-            return Refused(number, 429, sentence, None, "rate_limit_exceeded")
-        return None
-
-    def _end(self, identity: bytes, number: int, finish: FinishReason) -> None:
-        """The client is gone, or has all it wants: no later plan names the request."""
-        self._opening.pop((identity, number), None)
-        found = self._requests.pop((identity, number), None)
-        if found is None:
-            return
-        request, scheduler = found
-        scheduler.cancel(request, finish)
-        self._count(request)
-
-    def _count(self, request: Request) -> None:
-        if request.finish is not None:
-            outcomes = self.counters.outcomes
-            outcomes[request.finish] = outcomes.get(request.finish, 0) + 1
 
     def _drop_silent_ingresses(self, now: float) -> None:
         for gone in self._ingresses.silent(now, MISSED_BEATS * self.config.beat_ms / 1000):
@@ -539,165 +444,17 @@ class Engine:
 
     def _lose_ingress(self, identity: bytes) -> None:
         self.accounts.lost(identity)
-        self._cancel_all_of(identity)
-
-    def _cancel_all_of(self, identity: bytes) -> None:
-        asked = [*self._requests, *self._opening]
-        for owner, number in [key for key in asked if key[0] == identity]:
-            self._end(owner, number, FinishReason.CANCELLED)
-
-    # Grammars
-
-    def _load_vocabulary(self) -> Vocabulary:
-        """Of the served model; called in another thread."""
-        folder = Path(self.config.model) if self.config.model else bundled.path()
-        model = self._model
-        if model is None:
-            raise GrammarRefused("the model is not there yet")
-        return Vocabulary.load(folder, model.vocab_size, model.stop_token_ids)
-
-    def _take_grammars(self, gang: Gang) -> None:
-        """What the grammars' threads have done: requests that can begin, masks that can go."""
-        all_opened, all_masks = self._grammars.results()
-        for opened in all_opened:
-            self._on_opened(opened, gang)
-        for masks in all_masks:
-            due = masks.ticket
-            if isinstance(due, MaskDue) and due.epoch == gang.epoch:
-                self._on_masks(due, masks, gang)
-
-    def _on_opened(self, opened: Opened, gang: Gang) -> None:
-        found = self._opening.pop(opened.ticket, None)
-        if found is None:
-            return
-        request, grammar = found
-        identity, number = request.key
-        if opened.matcher is None:
-            field = grammar.field or "grammar"
-            sentence = f"'{field}' cannot be used: {opened.reason}."
-            self._send(identity, Refused(number, 400, sentence, field, "invalid_grammar"))
-        elif not opened.matcher.accept_all(request.tokens[request.num_prompt :]):
-            self._send(identity, RequestFailed(number, GRAMMAR_ERROR))
-        else:
-            request.matcher = opened.matcher
-            self._add(request, gang)
-
-    def _ask_masks(self, gang: Gang) -> None:
-        for due in gang.masks_due():
-            sampled = due.plan.sampled
-            rows = [self._matcher_of(sampled[row]) for row in due.plan.masked_rows]
-            self._grammars.ask(Masks(due, self._vocab_size, rows))
-
-    def _matcher_of(self, request: Request) -> tuple[Matcher, frozenset[int]] | None:
-        """With the ids that must not end it yet; None once it has ended and its token is lost."""
-        if request.matcher is None or request.finish is not None or self._model is None:
-            return None
-        ends = frozenset(self._model.stop_token_ids)
-        if request.num_output >= request.sampling.min_tokens:
-            ends -= request.stop_token_ids
-        return request.matcher, ends
-
-    @property
-    def _vocab_size(self) -> int:
-        return self._model.vocab_size if self._model is not None else 0
-
-    def _on_masks(self, due: MaskDue, masks: Masks, gang: Gang) -> None:
-        gang.send_mask(due, b"".join(masks.bits))
-        sampled = due.plan.sampled
-        domain = gang.domains[due.domain]
-        for place in masks.failed:
-            request = sampled[due.plan.masked_rows[place]]
-            domain.schedulers[due.replica].fail(request, GRAMMAR_ERROR)
-
-    def _tell_failed(self) -> None:
-        """Requests that ended for a fault of ours, each alone."""
-        for scheduler in self._schedulers():
-            failed, scheduler.failed = scheduler.failed, []
-            for request in failed:
-                identity, number = request.key
-                known = {"epoch": self._epoch}
-                log.warning("request %d ended: %s", number, request.failure, extra=known)
-                self._requests.pop(request.key, None)
-                self._count(request)
-                self.counters.num_poisoned += request.failure == NUMERICAL_ERROR
-                self._send(identity, RequestFailed(number, request.failure))
-
-    # Tokens
+        self._book.cancel_all_of(identity)
 
     def _on_step(self, step: StepDone) -> None:
         """Hand each ingress what this step gave its requests, in one message."""
-        counters = self.counters
-        counters.step_done(step)
+        self.counters.step_done(step)
         if self._viewpoint.is_watched:
             self._viewpoint.on_step(step)
-        outbox: dict[bytes, Tokens] = {}
-        box = Tokens(self._epoch, [], [], [], [])
-        owner: bytes | None = None
-        for accepted in step.accepted:
-            for entry in accepted:
-                if entry is None:
-                    continue
-                request, index, token = entry
-                identity, number = request.key
-                if identity is not owner:  # neighbours mostly have one owner
-                    owner = identity
-                    box = outbox.setdefault(identity, Tokens(self._epoch, [], [], [], []))
-                box.requests.append(number)
-                box.indexes.append(index)
-                box.tokens.append(token)
-                if request.finish is not None:
-                    box.finished.append((number, request.finish))
-                    self._requests.pop(request.key, None)
-                    self._count(request)
-            counters.num_output_tokens += len(accepted)
-        self._add_extras(step, outbox)
-        for identity, box in outbox.items():
+        outbox = outbox_of(step, epoch=self._epoch, layout=self.config.layout)
+        self._book.on_outbox(outbox)
+        for identity, box in outbox.boxes.items():
             self._send(identity, box)
-
-    def _add_extras(self, step: StepDone, outbox: dict[bytes, Tokens]) -> None:
-        """Log-probabilities and prefix hits, for the requests that have some."""
-        for plan, accepted in zip(step.plans, step.accepted, strict=True):
-            first_tokens = accepted[len(plan.decodes) :]
-            for entry in first_tokens:
-                if entry is not None and entry[1] == 0:
-                    identity, number = entry[0].key
-                    num_cached = max(0, entry[0].num_cached)
-                    outbox[identity].begun.append((number, num_cached, entry[0].queue_s))
-                    self.counters.first_token(entry[0].num_prompt, num_cached)
-        for ack in step.acks.values():
-            if ack.logprobs or ack.prompt_logprobs:
-                replica = self.config.layout.coordinates(ack.rank).attn_dp
-                self._add_logprobs(step, replica, ack.logprobs, outbox)
-                self._add_prompt_logprobs(step, replica, ack.prompt_logprobs, outbox)
-
-    def _add_logprobs(
-        self,
-        step: StepDone,
-        replica: int,
-        logprobs: tuple[tuple[int, TokenLogprobs], ...],
-        outbox: dict[bytes, Tokens],
-    ) -> None:
-        accepted = step.accepted[replica]
-        for row, values in logprobs:
-            entry = accepted[row]
-            if entry is not None:
-                identity, number = entry[0].key
-                outbox[identity].logprobs.append((number, entry[1], values))
-
-    def _add_prompt_logprobs(
-        self,
-        step: StepDone,
-        replica: int,
-        prompt_logprobs: tuple[tuple[int, int, tuple[TokenLogprobs, ...]], ...],
-        outbox: dict[bytes, Tokens],
-    ) -> None:
-        owners = {chunk.slot: chunk.request for chunk in step.plans[replica].chunks}
-        for slot, position, values in prompt_logprobs:
-            request = owners[slot]
-            if request.finish is None or request.num_output > 0:
-                identity, number = request.key
-                box = outbox.setdefault(identity, Tokens(self._epoch, [], [], [], [], [], [], []))
-                box.prompt_logprobs.append((number, position, values))
 
     def _beat(self) -> DriverBeat:
         return DriverBeat(

@@ -101,7 +101,7 @@ class EngineCollector:
             ("prompt_tokens", "Prompt tokens computed", counters.num_prompt_tokens),
             ("queried_tokens", "Prompt tokens looked up in the cache", counters.num_queried_tokens),
             ("cached_tokens", "Prompt tokens found in the cache", counters.num_cached_tokens),
-            ("output_tokens", "Tokens sampled", counters.num_output_tokens),
+            ("output_tokens", "Tokens sampled and handed on", counters.num_output_tokens),
             ("preemptions", "Requests sent back to wait for pages", engine.num_preemptions),
             ("rows", "Rows computed for requests", counters.num_rows),
             ("padding_rows", "Rows computed for nobody", counters.num_padding_rows),

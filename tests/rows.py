@@ -29,7 +29,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 NOT_COPIED = (".git", ".*venv", "__pycache__", ".*_cache", ".hypothesis", "*.egg-info", "build")
-TIME_LIMIT_S = 600.0
+TIME_LIMIT_S = 1500.0
 GREEN, RED, NOTHING_RAN = 0, 1, 5
 """Exit codes of pytest."""
 
