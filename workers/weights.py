@@ -1,38 +1,35 @@
-"""From a folder of safetensors files into a model's tensors, one file at a time.
+"""From a folder of safetensors files into a model's tensors.
 
 A model describes its weights as data: for each tensor of the checkpoint its name, its full shape,
 and which region of it goes where on this rank (`Source`). All headers are read and compared with
-that description first, so a wrong checkpoint is refused before any weight is; then each file is
-opened once and only this rank's regions are read. Nothing is unpickled and no code in the folder
-is run.
+that description first (`checkpoint.py`), so a wrong checkpoint is refused before any weight is;
+then only this rank's regions are read, several files at once (`reading.py`). Nothing is unpickled
+and no code in the folder is run.
 
 `dummy_weights` fills the same description with random numbers instead: the full tensor is drawn,
 by its name, and cut, so every layout holds the same model.
 """
 
 import hashlib
-import json
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from workers.checkpoint import FLOAT_DTYPES, Entry, listed, read_entries
 from workers.errors import BadCheckpoint
+from workers.reading import cut, read_pieces
 
 Progress = Callable[[str, int, int], None]
 """Called with a stage's name, how much of it is done, and out of how much."""
 
 IGNORED = re.compile(r".*\.rotary_emb\.inv_freq")
 """Tensors that old checkpoints hold and nobody needs: they are computed from config.json."""
-
-FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
-MAX_HEADER_BYTES = 100 * 2**20
-NUM_NAMED = 5
 
 
 class Part(NamedTuple):
@@ -79,14 +76,6 @@ class Weighted(Protocol):
     def sources(self) -> list[Source | OneOf]: ...
 
 
-class Entry(NamedTuple):
-    """A tensor as a file's header describes it."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-
-
 def everything(into: Tensor, name: str, dummy: Literal["normal", "zeros", "ones"]) -> Source:
     """A tensor that every rank holds whole."""
     shape = tuple(into.shape)
@@ -106,16 +95,21 @@ def check_weights(model: Weighted, folder: Path) -> tuple[list[Source], dict[str
 def load_weights(model: Weighted, folder: Path, progress: Progress) -> None:
     """Fill `model` from the folder's safetensors files, or raise `BadCheckpoint`."""
     sources, entries = check_weights(model, folder)
-    by_file: dict[Path, list[Source]] = {}
-    for source in sources:
-        by_file.setdefault(entries[source.name].file, []).append(source)
-    loaded: set[str] = set()
-    progress("weights", 0, len(sources))
-    for file in sorted(by_file):
-        _load_file(file, by_file[file], loaded, len(sources), progress)
-    absent = [source.name for source in sources if source.name not in loaded]
-    if absent:
-        raise BadCheckpoint(f"{folder}: {_listed(absent, 'tensor')} were described but not read")
+    pieces = [
+        piece
+        for source in sources
+        for part in source.parts
+        for piece in cut(source.name, entries[source.name], part.region, part.into)
+    ]
+    unread = Counter(piece.name for piece in pieces)
+    done = len(sources) - len(unread)
+    progress("weights", done, len(sources))
+    for piece in read_pieces(pieces):
+        unread[piece.name] -= 1
+        if unread[piece.name] == 0:
+            done += 1
+            if done * 100 // len(sources) != (done - 1) * 100 // len(sources):
+                progress("weights", done, len(sources))
 
 
 def dummy_weights(model: Weighted, seed: int) -> None:
@@ -135,115 +129,6 @@ def dummy_weights(model: Weighted, seed: int) -> None:
             part.into.copy_(full[part.region])
 
 
-def read_entries(folder: Path) -> dict[str, Entry]:
-    """Every tensor of the checkpoint and the file that holds it, from the files' headers."""
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        placed = _read_index(index)
-        files = sorted({folder / file for file in placed.values()})
-    else:
-        placed = None
-        files = _lone_files(folder)
-    entries: dict[str, Entry] = {}
-    for file in files:
-        if not file.exists():
-            raise BadCheckpoint(
-                f"{file} is missing though {index.name} names it: download the checkpoint again"
-            )
-        for name, entry in _read_header(file).items():
-            if placed is not None and placed.get(name, file.name) != file.name:
-                continue
-            if name in entries:
-                raise BadCheckpoint(
-                    f"{folder}: tensor {name} is in both {entries[name].file.name} and {file.name}"
-                    ": keep the files of one checkpoint only"
-                )
-            entries[name] = entry
-    return entries
-
-
-def _read_index(index: Path) -> dict[str, str]:
-    """Which file holds which tensor."""
-    try:
-        placed = json.loads(index.read_bytes())["weight_map"]
-        files = set(placed.values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BadCheckpoint(
-            f"{index} is no index of safetensors files ({type(error).__name__}: {error}): "
-            "download it again"
-        ) from error
-    for file in files:
-        if not isinstance(file, str) or Path(file).name != file:
-            raise BadCheckpoint(f"{index} names {file!r}, which is not a file beside it")
-    return placed
-
-
-def _lone_files(folder: Path) -> list[Path]:
-    """The weight files of a folder without an index."""
-    single = folder / "model.safetensors"
-    files = [single] if single.exists() else sorted(folder.glob("*.safetensors"))
-    if not files:
-        others = sorted(path.name for path in folder.glob("*.bin"))
-        if others:
-            raise BadCheckpoint(
-                f"{folder} has {_listed(others, 'pickle file')} and only safetensors are read: "
-                "convert the checkpoint, for example with transformers' save_pretrained"
-            )
-        raise BadCheckpoint(
-            f"{folder} has no *.safetensors file: download the weights, or set load_format=dummy "
-            "for random ones"
-        )
-    _check_numbering(files)
-    return files
-
-
-def _check_numbering(files: Sequence[Path]) -> None:
-    """Files called `x-00001-of-00003.safetensors` must be three."""
-    numbered = [re.fullmatch(r".*-(\d+)-of-(\d+)\.safetensors", file.name) for file in files]
-    for file, match in zip(files, numbered, strict=True):
-        if match is not None and int(match[2]) != len(files):
-            raise BadCheckpoint(
-                f"{file} is one of {int(match[2])} files by its name and {file.parent} has "
-                f"{len(files)}: download the others"
-            )
-
-
-def _read_header(file: Path) -> dict[str, Entry]:
-    """The tensors of a safetensors file; refuses one that is not whole."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        start = stream.read(64)
-        if start.startswith(b"version https://git-lfs"):
-            raise BadCheckpoint(
-                f"{file} is a git-lfs pointer of {size} bytes, not the weights: run `git lfs pull` "
-                "in the folder"
-            )
-        length = int.from_bytes(start[:8], "little")
-        if len(start) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-            raise BadCheckpoint(
-                f"{file} has {size} bytes, which is too few for its own header: it is truncated "
-                "or no safetensors file; download it again"
-            )
-        stream.seek(8)
-        header = stream.read(length)
-    try:
-        described: dict[str, Any] = json.loads(header)
-        described.pop("__metadata__", None)
-        end = 8 + length + max((d["data_offsets"][1] for d in described.values()), default=0)
-        entries = {
-            name: Entry(file, d["dtype"], tuple(d["shape"])) for name, d in described.items()
-        }
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise BadCheckpoint(
-            f"{file} has a damaged header ({type(error).__name__}: {error}): download it again"
-        ) from error
-    if end != size:
-        raise BadCheckpoint(
-            f"{file} has {size} bytes and its header describes {end}: download it again"
-        )
-    return entries
-
-
 def _choose(sources: Iterable[Source | OneOf], names: Collection[str]) -> list[Source]:
     chosen: list[Source] = []
     for source in sources:
@@ -257,7 +142,7 @@ def _check_names(
     missing = [source.name for source in sources if source.name not in entries]
     if missing:
         raise BadCheckpoint(
-            f"{folder} lacks {_listed(missing, 'tensor')} that {model.architecture} needs: "
+            f"{folder} lacks {listed(missing, 'tensor')} that {model.architecture} needs: "
             "download the checkpoint again, or check that config.json belongs to it"
         )
     expected = {source.name for source in sources}
@@ -270,7 +155,7 @@ def _check_names(
     ]
     if unexpected:
         raise BadCheckpoint(
-            f"{folder} has {_listed(sorted(unexpected), 'tensor')} that {model.architecture} does "
+            f"{folder} has {listed(sorted(unexpected), 'tensor')} that {model.architecture} does "
             "not know: check that config.json belongs to this checkpoint"
         )
 
@@ -288,27 +173,3 @@ def _check_contents(sources: Sequence[Source], entries: Mapping[str, Entry]) -> 
                 f"{entry.file}: {source.name} is stored as {entry.dtype} and there is "
                 f"{', '.join(FLOAT_DTYPES)}: quantized checkpoints are not offered"
             )
-
-
-def _load_file(
-    file: Path, sources: Sequence[Source], loaded: set[str], total: int, progress: Progress
-) -> None:
-    try:
-        with safe_open(file, framework="pt") as shard:
-            for source in sources:
-                if source.parts:
-                    tensor = shard.get_slice(source.name)
-                    for part in source.parts:
-                        part.into.copy_(tensor[part.region])
-                loaded.add(source.name)
-                if len(loaded) * 100 // total != (len(loaded) - 1) * 100 // total:
-                    progress("weights", len(loaded), total)
-    except SafetensorError as error:
-        raise BadCheckpoint(f"{file} cannot be read: {error}; download it again") from error
-
-
-def _listed(names: Sequence[str], what: str) -> str:
-    """`3 tensors (a, b, c)`, the first few by name."""
-    shown = ", ".join(names[:NUM_NAMED])
-    more = ", ..." if len(names) > NUM_NAMED else ""
-    return f"{len(names)} {what}{'s' if len(names) > 1 else ''} ({shown}{more})"

@@ -11,9 +11,10 @@ from parallel.groups import single_rank_groups
 from parallel.layout import Layout
 from parallel.thread_world import run_thread_world
 from tests.workers.reference import CPU, load, no_progress, save_tiny
+from workers.checkpoint import read_entries
 from workers.errors import BadCheckpoint
 from workers.models import build_model, read_model_config
-from workers.weights import OneOf, dummy_weights, load_weights, read_entries
+from workers.weights import OneOf, dummy_weights, load_weights
 
 INDEX = "model.safetensors.index.json"
 
@@ -304,3 +305,51 @@ def test_dummy_weights_follow_their_seed_and_scale(folder):
     assert not torch.equal(first["lm_head.weight"], first["model.embed_tokens.weight"])
     assert first["lm_head.weight"].std().item() == pytest.approx(0.2, rel=0.05)
     assert torch.equal(first["model.norm.weight"], torch.ones(32))
+
+
+def header_of(file: Path) -> tuple[dict, bytes]:
+    content = file.read_bytes()
+    first = 8 + int.from_bytes(content[:8], "little")
+    return json.loads(content[8:first]), content[first:]
+
+
+def write(file: Path, header: dict, payload: bytes) -> None:
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + payload)
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        {"shape": [16]},
+        {"data_offsets": [4, 128]},
+        {"data_offsets": [0, 124]},
+        {"data_offsets": [-4, 124]},
+        {"shape": [2**40, 2**40]},
+    ],
+)
+def test_a_header_that_lies_about_places_is_refused(lie, folder):
+    """The tensor has 128 bytes and is the first of its file."""
+    file = file_of(folder, "model.norm.weight")
+    tensors = load_file(file)
+    save_file({"model.norm.weight": tensors.pop("model.norm.weight")}, folder / "first.tmp")
+    _, payload = header_of(folder / "first.tmp")
+    save_file(tensors, folder / "rest.tmp")
+    rest, more = header_of(folder / "rest.tmp")
+    for tensor in rest.values():
+        if "data_offsets" in tensor:
+            tensor["data_offsets"] = [place + 128 for place in tensor["data_offsets"]]
+    honest = {"dtype": "F32", "shape": [32], "data_offsets": [0, 128]}
+    write(file, rest | {"model.norm.weight": honest}, payload + more)
+    load(folder)
+    write(file, rest | {"model.norm.weight": honest | lie}, payload + more)
+    assert refusal_of(folder).startswith(f"{file} has a damaged header: model.")
+
+
+@pytest.mark.parametrize("lie", [{"shape": [-32]}, {"shape": [1.5]}, {"data_offsets": ["0", 128]}])
+def test_a_header_of_other_types_is_refused(lie, folder):
+    file = file_of(folder, "model.norm.weight")
+    header, payload = header_of(file)
+    header["model.norm.weight"] |= lie
+    write(file, header, payload)
+    assert refusal_of(folder).startswith(f"{file} has a damaged header (ValidationError: ")
