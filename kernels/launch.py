@@ -19,6 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 HOPPER = (9, 0)
+CPU_SMS = 4
+"""As if a CPU, where the interpreter runs kernels for tests, had so many multiprocessors."""
 
 
 @triton.jit
@@ -32,6 +34,13 @@ def begin(PDL: tl.constexpr):
 def has_pdl(x: Tensor) -> bool:
     """Whether kernels on `x`'s device may overlap their beginnings."""
     return x.is_cuda and torch.cuda.get_device_capability(x.device) >= HOPPER
+
+
+def num_sms_of(device: torch.device) -> int:
+    """Multiprocessors, by which work is cut."""
+    if device.type != "cuda":
+        return CPU_SMS
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def refuse_unless(holds: bool, sentence: str) -> None:

@@ -396,6 +396,20 @@ MUTATIONS: tuple[Mutation, ...] = (
         "    position = zero + row.to(tl.int32) + tl.load(position_ptr + row).to(tl.int32)\n",
     ),
     Mutation(
+        "S13",
+        "only a step's first prompt is read",
+        "workers/gpu_attention.py",
+        "(chunk.span for chunk in rows.chunks)",
+        "(chunk.span for chunk in rows.chunks[:1])",
+    ),
+    Mutation(
+        "S13",
+        "an indexer's captured rows choose among the last step's tokens",
+        "workers/gpu_latent_attention.py",
+        "        self._longest = self._max_model_len\n",
+        "",
+    ),
+    Mutation(
         "C1",
         "a stream ends without [DONE]",
         "deployments/service.py",

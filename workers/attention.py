@@ -2,7 +2,7 @@
 
 `PagedAttention` splits a step's rows into its decodes and its chunks, prepares for each what all
 layers share (page lists, masks), and calls a kernel a layer: torch's, for CPUs and as the
-reference. `workers.gpu_attention` is the other one.
+reference. `workers.gpu_attention` and `workers.gpu_latent_attention` are those of GPUs.
 
 Shapes: T rows, B decodes, H heads, G kv heads, D head dim, W numbers of a latent's row, N pages.
 """
@@ -17,7 +17,14 @@ from torch import Tensor
 
 from kernels.latent_attention import sparse_latent_attention
 from kernels.paged_attention import chunk_attention, decode_attention, decode_mask, store_kv
-from workers.batch import BatchState, Chunk, IndexRows, StepRows
+from workers.batch import (
+    BatchState,
+    Chunk,
+    HeadAttention,
+    IndexRows,
+    LatentRowAttention,
+    StepRows,
+)
 from workers.cache import PagedCache
 
 
@@ -32,8 +39,8 @@ class _Decodes(NamedTuple):
     """By sliding window; made by the first layer that needs it."""
 
 
-class PagedAttention:
-    """Made once; `prepare` is called once a step, before the model's forward."""
+class PagedAttention(HeadAttention, LatentRowAttention):
+    """Over either cache. Made once; `prepare` is called once a step, before the model's forward."""
 
     def __init__(self, cache: PagedCache, state: BatchState, device: torch.device) -> None:
         self._cache = cache
@@ -69,7 +76,7 @@ class PagedAttention:
         scale: float,
         sliding_window: int | None,
     ) -> Tensor:
-        """See `workers.batch.Attention`."""
+        """See `workers.batch.HeadAttention`."""
         keys_XGD, values_XGD = self._cache.rows(layer)
         store_kv(keys_XGD, self._kv_rows_T, k_UGD)
         store_kv(values_XGD, self._kv_rows_T, v_UGD)
@@ -85,7 +92,7 @@ class PagedAttention:
         scale: float,
         index: IndexRows | None,
     ) -> Tensor:
-        """See `workers.batch.Attention`."""
+        """See `workers.batch.LatentRowAttention`."""
         rows_XW, *keys = self._cache.rows(layer)
         store_kv(rows_XW, self._kv_rows_T, row_UW)
         if index is not None:

@@ -24,7 +24,7 @@ Shapes: T rows of the step, B of them decodes, R rows that sample, S slots, N pa
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -57,9 +57,10 @@ class IndexRows(NamedTuple):
     num_chosen: int
 
 
-class Attention(Protocol):
-    """Attention over the paged cache, prepared once a step for this step's rows."""
+class HeadAttention(ABC):
+    """Attention over a paged cache of keys and values, prepared once a step for its rows."""
 
+    @abstractmethod
     def attend(
         self,
         layer: int,
@@ -76,8 +77,12 @@ class Attention(Protocol):
         The keys and values are those of all of the replica's rows. With context parallelism these
         are more than the rows that attend here.
         """
-        ...
 
+
+class LatentRowAttention(ABC):
+    """The same where all heads share one row of W numbers a token (DeepSeek's latent)."""
+
+    @abstractmethod
     def attend_latent(
         self,
         layer: int,
@@ -88,14 +93,13 @@ class Attention(Protocol):
         scale: float,
         index: IndexRows | None,
     ) -> Tensor:
-        """The same where all heads share one row of W numbers a token, whose first `num_values`
-        are also the values; (T, heads, num_values). With `index` a row reads only the tokens that
+        """Write the rows into `layer` of the cache, then attend; a row's first `num_values` numbers
+        are also the values: (T, heads, num_values). With `index` a row reads only the tokens that
         score highest."""
-        ...
 
 
-class ProjectionAttention(ABC):
-    """An `Attention` that takes a projection's rows as they come: a GPU does all in one kernel."""
+class ProjectionAttention(HeadAttention):
+    """An attention that takes a projection's rows as they come: a GPU does all in one kernel."""
 
     @abstractmethod
     def attend_projection(
@@ -113,6 +117,10 @@ class ProjectionAttention(ABC):
 
         The heads are the queries', then the keys', then the values'. Of a replica in one part.
         """
+
+
+Attention = HeadAttention | LatentRowAttention
+"""Which of the two, the model's cache says."""
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -152,6 +160,11 @@ class Chunk(NamedTuple):
     @property
     def stop(self) -> int:
         return self.start + self.length
+
+    @property
+    def span(self) -> tuple[int, int, int, int]:
+        """(row, rows, token, slot), as kernels cut it into blocks."""
+        return self.row, self.length, self.start, self.slot
 
     @property
     def is_last(self) -> bool:

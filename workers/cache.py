@@ -65,6 +65,11 @@ class PagedCache:
         self._rows = [tuple(part[layer].flatten(0, 1) for part in self.parts) for layer in layers]
 
     @property
+    def is_latent(self) -> bool:
+        """It keeps one row of numbers a token for all heads, not keys and values of heads."""
+        return self.parts[0].dim() == 4
+
+    @property
     def num_bytes(self) -> int:
         return sum(part.nbytes for part in self.parts)
 

@@ -35,7 +35,9 @@ from parallel.dp_attention import RowCounts, Upload
 from parallel.groups import Call, Ledger, digest_of
 from workers.batch import ForwardBatch, StepRows
 from workers.context import ContextParts
-from workers.gpu_attention import DeviceTable, GpuAttention
+from workers.device_table import DeviceTable
+from workers.gpu_attention import GpuAttention
+from workers.gpu_latent_attention import GpuLatentAttention
 from workers.models import Model
 
 RING = 4
@@ -65,7 +67,7 @@ class DecodeGraphs:
     def __init__(
         self,
         model: Model,
-        attention: GpuAttention,
+        attention: GpuAttention | GpuLatentAttention,
         table: DeviceTable,
         last_token_S: Tensor,
         ledger: Ledger,

@@ -517,17 +517,19 @@ class ModelRunner:
         if not self._use_kernels:
             self._attention = PagedAttention(self._cache, self._state, self._device)
             return
-        from workers.gpu_attention import DeviceTable, GpuAttention  # Triton: only with a GPU
+        from workers.device_table import DeviceTable  # Triton: only with a GPU
+        from workers.gpu_attention import GpuAttention
+        from workers.gpu_latent_attention import GpuLatentAttention
 
         num_slots, num_columns = self._state.page_table_SN.shape
         self._table = DeviceTable(num_slots, num_columns, num_pages, self._device)
-        self._attention = GpuAttention(
-            self._cache,
-            self._table,
-            self.max_model_len,
-            num_heads=self._model.num_heads,
-            max_decodes=max(num_slots, *self.buckets),
-        )
+        if self._cache.is_latent:
+            self._attention = GpuLatentAttention(
+                self._cache, self._table, self.max_model_len, num_heads=self._model.num_heads
+            )
+        else:
+            max_decodes = max(num_slots, *self.buckets)
+            self._attention = GpuAttention(self._cache, self._table, max_decodes=max_decodes)
 
     def _new_graphs(self) -> "DecodeGraphs":
         from workers.graphs import DecodeGraphs

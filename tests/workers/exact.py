@@ -20,7 +20,7 @@ from parallel.dp_attention import RowCounts
 from parallel.groups import Groups, single_rank_groups
 from parallel.plan import PlanSettings
 from tests.workers.layers.tiny import CONFIG
-from workers.batch import Attention, ForwardBatch
+from workers.batch import Attention, ForwardBatch, HeadAttention, LatentRowAttention
 from workers.context import StepPart
 from workers.layers import fast, moe, norm, rotary
 from workers.layers.dispatch import Routing
@@ -129,7 +129,7 @@ class SteppedRotation:
         return x_THD * self._factor_T11
 
 
-class LinearAttention:
+class LinearAttention(HeadAttention, LatentRowAttention):
     """Sums what came before, weighted by whole numbers; sequences lie one after another."""
 
     def __init__(self, lengths: Sequence[int]) -> None:
@@ -159,7 +159,7 @@ class LinearAttention:
         return torch.cat(outs)
 
 
-class OnRows:
+class OnRows(HeadAttention, LatentRowAttention):
     """An attention over whole sequences, where some of the rows ask and all have keys."""
 
     def __init__(self, whole: Attention, rows: Tensor) -> None:

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from parallel.dp_attention import RowCounts
 from parallel.groups import Groups, single_rank_groups
-from workers.batch import ForwardBatch, IndexRows
+from workers.batch import ForwardBatch, HeadAttention, IndexRows, LatentRowAttention
 from workers.models import Model, build_model, read_model_config
 from workers.weights import load_weights
 
@@ -33,7 +33,7 @@ torch.set_num_threads(1)  # tiny models are slower on two, and the machine is sh
 CPU = torch.device("cpu")
 
 
-class DenseAttention:
+class DenseAttention(HeadAttention, LatentRowAttention):
     """Causal attention over whole sequences that lie one after another; keeps no cache."""
 
     def __init__(self, lengths: Sequence[int]) -> None:

@@ -17,7 +17,7 @@ from tests.workers import test_dp_runner as replicas
 from tests.workers.exact import CONFIGS, build, install, part_of, sequences_of
 from tests.workers.random_driver import RandomDriver
 from tests.workers.test_runner import ChecksumModel, some_requests
-from workers.batch import ForwardBatch, StepRows
+from workers.batch import ForwardBatch, HeadAttention, StepRows
 from workers.config import EngineConfig
 from workers.context import ContextParts
 from workers.layers import fast, linear
@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 NUM_PAGES, PAGE, BUDGET, SEQS = 14, 4, 24, 4
 
 
-class Gathering:
+class Gathering(HeadAttention):
     """Attention that gathers what it is given to store, as a model's layers do."""
 
     def __init__(self, batch: ForwardBatch) -> None:

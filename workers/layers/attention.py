@@ -6,7 +6,7 @@ from torch import Tensor
 from parallel.context_gather import ContextGather
 from parallel.dp_attention import Activation, RowSplit
 from parallel.plan import Place, Rows
-from workers.batch import Attention, ProjectionAttention
+from workers.batch import Attention, HeadAttention, ProjectionAttention
 from workers.layers.build import Build, even_share
 from workers.layers.fast import rope_rows
 from workers.layers.linear import (
@@ -104,6 +104,8 @@ class SelfAttention:
     def forward(
         self, x: Activation, rotation: Rotation, attention: Attention, split: RowSplit | None
     ) -> Activation:
+        if not isinstance(attention, HeadAttention):
+            raise TypeError(f"{type(attention).__name__} reads no keys and values of heads")
         return on_whole_rows(
             lambda x_TD: self._attend(x_TD, rotation, attention, split),
             x,
@@ -113,7 +115,7 @@ class SelfAttention:
         )
 
     def _attend(
-        self, x_TD: Tensor, rotation: Rotation, attention: Attention, split: RowSplit | None
+        self, x_TD: Tensor, rotation: Rotation, attention: HeadAttention, split: RowSplit | None
     ) -> Activation:
         if split is not None and split.context is not None:
             return self._attend_in_part(x_TD, rotation, attention, split.context)
@@ -130,7 +132,7 @@ class SelfAttention:
         return self._out.forward(out_TN)
 
     def _attend_in_part(
-        self, x_TD: Tensor, rotation: Rotation, attention: Attention, context: ContextGather
+        self, x_TD: Tensor, rotation: Rotation, attention: HeadAttention, context: ContextGather
     ) -> Activation:
         """Rows of one part; the replica may have rows where this part has none."""
         if context.num_here == x_TD.shape[0] > 0:
@@ -143,7 +145,7 @@ class SelfAttention:
         return self._out.forward(out_TN)
 
     def _read_in_part(
-        self, x_TD: Tensor, rotation: Rotation, attention: Attention, context: ContextGather
+        self, x_TD: Tensor, rotation: Rotation, attention: HeadAttention, context: ContextGather
     ) -> Tensor:
         """Keys and values first: the queries are computed while those of all parts come."""
         norm_ND = None if self._qk_norm is None else self._qk_norm.weight_ND
@@ -191,7 +193,7 @@ class SelfAttention:
         out_TND[:, :num_rotated] = rotation.apply(turned_TRD)
         out_TND[:, num_rotated:] = x_TND[:, num_rotated:]
 
-    def _read(self, qkv_TND: Tensor, rotation: Rotation, attention: Attention) -> Tensor:
+    def _read(self, qkv_TND: Tensor, rotation: Rotation, attention: HeadAttention) -> Tensor:
         """What the rows read of their sequences, heads side by side."""
         if isinstance(attention, ProjectionAttention):
             return self._attend_projection(qkv_TND, rotation, attention)

@@ -22,7 +22,7 @@ from torch import Tensor
 from parallel.context_gather import ContextGather
 from parallel.dp_attention import Activation, RowSplit
 from parallel.plan import Place, Rows
-from workers.batch import Attention, IndexRows
+from workers.batch import Attention, IndexRows, LatentRowAttention
 from workers.cache import RowShapes
 from workers.errors import BadModelConfig
 from workers.layers import fast
@@ -96,6 +96,8 @@ class LatentAttention:
     def forward(
         self, x: Activation, rotation: Rotation, attention: Attention, split: RowSplit | None
     ) -> Activation:
+        if not isinstance(attention, LatentRowAttention):
+            raise TypeError(f"{type(attention).__name__} reads no latents")
         return on_whole_rows(
             lambda x_TD: self._attend(x_TD, rotation, attention, split),
             x,
@@ -105,7 +107,11 @@ class LatentAttention:
         )
 
     def _attend(
-        self, x_TD: Tensor, rotation: Rotation, attention: Attention, split: RowSplit | None
+        self,
+        x_TD: Tensor,
+        rotation: Rotation,
+        attention: LatentRowAttention,
+        split: RowSplit | None,
     ) -> Activation:
         context = None if split is None else split.context
         num_rows = x_TD.shape[0]
@@ -122,7 +128,7 @@ class LatentAttention:
         self,
         x_TD: Tensor,
         rotation: Rotation,
-        attention: Attention,
+        attention: LatentRowAttention,
         context: ContextGather | None,
     ) -> Tensor:
         """What the rows read of their sequences, heads side by side.

@@ -7,11 +7,12 @@ from parallel.layout import Layout
 from parallel.plan import Rows
 from parallel.thread_world import run_thread_world
 from tests.workers.layers.tiny import build_on
+from workers.batch import HeadAttention
 from workers.layers.attention import SelfAttention
 from workers.layers.rotary import RotaryTable
 
 
-class Recorder:
+class Recorder(HeadAttention):
     """An attention that answers with the queries and remembers its arguments."""
 
     def attend(self, layer, q_THD, k_TGD, v_TGD, *, scale, sliding_window):
