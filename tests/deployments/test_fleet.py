@@ -84,6 +84,10 @@ def one_death(fleet, timeout_s=5.0):
     return [], timeout_s
 
 
+def parent_of(pid):
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
 def is_running(pid):
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
@@ -111,12 +115,10 @@ def test_four_ranks_shake_hands_and_do_fifty_steps(local, launch):
 
 
 def test_the_next_epoch_is_a_fork_away(local, launch):
-    launch(local, FOUR_RANKS).handshake()
+    zygote = parent_of(launch(local, FOUR_RANKS).handshake()[0].pid)
     local.kill()
-    began = time.monotonic()
     driver = launch(local, FOUR_RANKS, epoch=2)
-    driver.hellos()
-    assert time.monotonic() - began < 1.0
+    assert parent_of(driver.hellos()[0].pid) == zygote
     assert local.deaths() == []
 
 
@@ -145,7 +147,7 @@ def test_a_killed_rank_is_named_at_once(local, launch):
     assert [tuple(death) for death in deaths] == [
         (1, f"rank 1 (pid {pid} on 127.0.0.1) died: signal SIGKILL")
     ]
-    assert seconds < 0.1
+    assert seconds < 0.5  # 0.01 s on an idle machine
 
 
 def test_a_stopped_rank_stops_beating_and_the_others_go_on(local, launch):
@@ -360,24 +362,20 @@ def test_ranks_under_ray_step_and_are_back_after_a_fork(on_ray, launch, gate):
     [death], seconds = one_death(on_ray)
     node = hellos[1].node_ip
     assert death == (1, f"rank 1 (pid {hellos[1].pid} on {node}) died: signal SIGKILL")
-    assert seconds < 0.5  # 0.03 s on an idle machine
+    assert seconds < 1.0  # 0.03 s on an idle machine
+    zygote = parent_of(hellos[0].pid)
     on_ray.kill()
     on_ray.kill()
     assert not is_running(hellos[0].pid)
 
-    began = time.monotonic()
     driver = launch(on_ray, TWO_RANKS, epoch=2, gate=gate)
     hellos = driver.handshake()
-    assert time.monotonic() - began < 2  # 0.1 s on an idle machine; a new actor takes seconds
+    assert parent_of(hellos[0].pid) == zygote  # 0.1 s on an idle machine; an actor takes seconds
     driver.run_step()
     os.kill(hellos[0].pid, signal.SIGSTOP)
     on_ray.kill()
     assert not any(is_running(hello.pid) for hello in hellos.values())
     assert on_ray.deaths() == []
-
-
-def parent_of(pid):
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])

@@ -207,10 +207,11 @@ def test_a_client_that_leaves_cancels(front, path, stream):
     wait_for(lambda: front.driver.num_running == 2)
     if stream:
         assert connection.recv(1000)
+    front.driver.step_s = 2.0
     left = time.monotonic()
     connection.close()
     wait_for(lambda: len(front.driver.of(Cancel)) == 2)
-    assert time.monotonic() - left < 0.04  # before the next token
+    assert time.monotonic() - left < 1.0  # before the next token
     wait_for(lambda: front.client.num_live == 0)
     front.driver.step_s = 0.001
     assert front.driver.num_running == 0
