@@ -81,6 +81,7 @@ def add_step_flags(parser: argparse.ArgumentParser) -> None:
         metavar="ROWS:CONTEXT",
         help="requests that decode at once, and the length of each (default: %(default)s)",
     )
+    parser.add_argument("--json", default="", metavar="FILE", help="write the figures there too")
 
 
 def add_serve_flags(parser: argparse.ArgumentParser) -> None:

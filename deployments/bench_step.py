@@ -7,8 +7,8 @@ steps; the step before is still under way while a step is planned, sent and laun
 add up to more than a step.
 
 On a GPU a few more steps run under torch's profiler: the time a step in which a kernel ran, the
-time in which none did (`idle`, which is the gap between steps and any within), and the longest
-kernels.
+time in which none did (`idle`, which is the gap between steps and any within), the longest gap of
+a step, and the kernels that take longest. The last line has all figures as JSON.
 """
 
 import contextlib
@@ -28,6 +28,7 @@ from deployments.bench_step_table import (
     Case,
     DriverTimes,
     TooFewSteps,
+    figures_line,
     figures_of,
     header,
     kernel_lines,
@@ -51,30 +52,44 @@ CASE_TIMEOUT_S = 120.0
 
 
 def bench_step(
-    words: Sequence[str], settings: dict[str, Any], *, show: Callable[[str], None] = print
+    words: Sequence[str],
+    settings: dict[str, Any],
+    *,
+    json_file: str = "",
+    show: Callable[[str], None] = print,
 ) -> int:
-    """Measure all cases and print the table; the exit code."""
+    """Measure all cases, print the table and a line of JSON, that too in a file; the exit code."""
     cases = [read_case(word) for word in words]
     with tempfile.TemporaryDirectory() as folder:
         config = _config(settings, cases, Path(folder))
         try:
-            _measure_all(config, cases, show)
+            measured = _measure_all(config, cases, show)
         except (GangFailed, TooFewSteps) as error:
             print(f"lockstep: {error}", file=sys.stderr)
             return 1
+    line = json.dumps(figures_line(settings.get("model", ""), measured))
+    if json_file:
+        Path(json_file).write_text(line + "\n")
+    show(line)
     return 0
 
 
-def _measure_all(config: EngineConfig, cases: Sequence[Case], show: Callable[[str], None]) -> None:
+def _measure_all(
+    config: EngineConfig, cases: Sequence[Case], show: Callable[[str], None]
+) -> list[tuple[Case, dict[str, float], dict[str, Any]]]:
+    """(case, figures, what the GPU did) of each."""
     began = time.perf_counter()
+    measured = []
     with StepBench(config) as bench:
         show(f"ready after {time.perf_counter() - began:.1f} s; microseconds a step, medians")
         for number, case in enumerate(cases):
-            figures, kernels = bench.measure(case)
+            figures, gpu = bench.measure(case)
+            measured.append((case, figures, gpu))
             if number == 0:
                 show(header(figures))
-            for line in (row(case, figures), *kernels):
+            for line in (row(case, figures), *kernel_lines(gpu)):
                 show(line)
+    return measured
 
 
 def _config(settings: dict[str, Any], cases: Sequence[Case], folder: Path) -> EngineConfig:
@@ -139,8 +154,8 @@ class StepBench:
         while not self._gang.serving:
             self._turn()
 
-    def measure(self, case: Case) -> tuple[dict[str, float], list[str]]:
-        """(figures in microseconds, lines about kernels)"""
+    def measure(self, case: Case) -> tuple[dict[str, float], dict[str, Any]]:
+        """(figures in microseconds, what the GPU did; nothing on a CPU)"""
         self._refuse_too_large(case)
         self._times = DriverTimes()
         requests = [self._request(case) for _ in range(case.rows)]
@@ -161,7 +176,7 @@ class StepBench:
                 "larger cache (kv_cache_gb) or fewer rows would let them"
             )
         told = json.loads(file.read_text().splitlines()[-1])
-        return figures_of(told, self._times), kernel_lines(told)
+        return figures_of(told, self._times), told.get("gpu", {})
 
     def _refuse_too_large(self, case: Case) -> None:
         model = self._gang.model

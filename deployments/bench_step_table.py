@@ -1,6 +1,7 @@
 """The table of `lockstep bench step`, from the times of both sides of the wire. Pure."""
 
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -71,6 +72,7 @@ def figures_of(told: dict[str, Any], driver: DriverTimes) -> dict[str, float]:
         idle = told["gpu"]["idle"]
         figures["busy"] = statistics.median(told["gpu"]["busy"])
         figures["idle50"], figures["idle80"] = (float(np.percentile(idle, p)) for p in (50, 80))
+        figures["gap50"] = statistics.median(told["gpu"]["gap"])
     return figures
 
 
@@ -87,7 +89,10 @@ HEADINGS = {
     "busy": "GPU busy",
     "idle50": "idle p50",
     "idle80": "idle p80",
+    "gap50": "longest gap",
 }
+MOST_IDLE_US = 30.0
+"""Goal: the GPU's idle time of a step, median."""
 
 
 def header(figures: dict[str, float]) -> str:
@@ -99,8 +104,40 @@ def row(case: Case, figures: dict[str, float]) -> str:
     return f"{name:<14}" + "".join(f"{value:>12.1f}" for value in figures.values())
 
 
-def kernel_lines(told: dict[str, Any]) -> list[str]:
+def figures_line(
+    model: str, measured: Sequence[tuple[Case, dict[str, float], dict[str, Any]]]
+) -> dict[str, Any]:
+    """All figures of a run, for programs; idle times only where a GPU was there.
+
+    >>> figures = {"step": 900.0, "plan": 9.0, "send": 2.0, "accept": 4.0, "idle50": 12.0}
+    >>> line = figures_line("8b", [(Case(1, 128), figures, {})])
+    >>> line["idle_p50_us"], line["idle_met"], line["cases"][0]["driver_us"]
+    ({'1:128': 12.0}, True, 15.0)
+    """
+    idle = {
+        f"{case.rows}:{case.context}": _tenths(told["idle50"])
+        for case, told, _ in measured
+        if "idle50" in told
+    }
+    cases = [
+        {"rows": case.rows, "context": case.context}
+        | {f"{name}_us": _tenths(value) for name, value in told.items()}
+        | {"driver_us": _tenths(sum(told[part] for part in ("plan", "send", "accept")))}
+        | ({"kernels": gpu["kernels"]} if gpu else {})
+        for case, told, gpu in measured
+    ]
+    line: dict[str, Any] = {"case": "step", "model": model or "bundled"}
+    if idle:
+        line |= {"idle_p50_us": idle, "idle_met": max(idle.values()) <= MOST_IDLE_US}
+    return line | {"cases": cases}
+
+
+def _tenths(value: float) -> float:
+    return round(value, 1)
+
+
+def kernel_lines(gpu: dict[str, Any]) -> list[str]:
     return [
         f"  {micros:9.1f} us {count:6.1f} x {micros / count:8.2f}  {name[:90]}"
-        for name, micros, count in told.get("gpu", {}).get("kernels", ())
+        for name, micros, count in gpu.get("kernels", ())
     ]

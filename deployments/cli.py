@@ -78,7 +78,7 @@ def _bench(benchmark: str, args: dict[str, Any]) -> int:
     if benchmark == "step":
         from deployments.bench_step import bench_step
 
-        return bench_step(args.pop("cases"), args)
+        return bench_step(args.pop("cases"), args, json_file=args.pop("json"))
     from deployments.bench import QUICK, Workload, offline
 
     return offline(

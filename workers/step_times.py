@@ -37,15 +37,17 @@ class Span(NamedTuple):
 
 
 def gpu_figures(spans: Sequence[Span], num_steps: int) -> dict[str, Any]:
-    """What the GPU did in `num_steps` equal steps: for each but the last, busy and idle time.
+    """What the GPU did in `num_steps` equal steps: for each but the last, in microseconds, the time
+    in which a kernel ran, the time in which none did, and the longest of the latter's pieces.
 
     A step is cut where a kernel begins that runs once a step: wherever that is, each piece has one
-    gap between two steps in it. Kernels that overlap count once.
+    gap between two steps in it, and the longest gap is at least that one. Kernels that overlap
+    count once.
 
     >>> work = [Span(0, 2, "a"), Span(2, 3, "b"), Span(5, 7, "a"), Span(7, 8, "b")]
     >>> figures = gpu_figures(work, 2)
-    >>> figures["busy"], figures["idle"], figures["kernels"]
-    ([3.0], [2.0], [['a', 2.0, 1.0], ['b', 1.0, 1.0]])
+    >>> figures["busy"], figures["idle"], figures["gap"], figures["kernels"]
+    ([3.0], [2.0], [2.0], [['a', 2.0, 1.0], ['b', 1.0, 1.0]])
     """
     spans = sorted(spans)
     counts = Counter(span.name for span in spans)
@@ -54,11 +56,13 @@ def gpu_figures(spans: Sequence[Span], num_steps: int) -> dict[str, Any]:
         total[name] += end - start
     longest = sorted(total.items(), key=lambda each: each[1], reverse=True)
     cuts = _cuts(spans, counts, num_steps)
-    busy = [_busy(spans, begin, end) for begin, end in pairwise(cuts)]
-    lengths = [end - begin for begin, end in pairwise(cuts)]
+    steps = list(pairwise(cuts))
+    gaps = [_gaps(spans, begin, end) for begin, end in steps]
+    idle = [float(sum(each)) for each in gaps]
     return {
-        "busy": busy,
-        "idle": [length - work for length, work in zip(lengths, busy, strict=True)],
+        "busy": [end - begin - rest for (begin, end), rest in zip(steps, idle, strict=True)],
+        "idle": idle,
+        "gap": [float(max(each, default=0.0)) for each in gaps],
         "kernels": [
             [name, micros / num_steps, counts[name] / num_steps]
             for name, micros in longest[:NUM_KERNELS]
@@ -73,15 +77,16 @@ def _cuts(spans: Sequence[Span], counts: Counter[str], num_steps: int) -> list[f
     return [spans[number * len(spans) // num_steps].start for number in range(num_steps)]
 
 
-def _busy(spans: Sequence[Span], begin: float, end: float) -> float:
-    """Time from `begin` to `end` in which at least one of `spans`, in order, ran."""
-    busy, done = 0.0, begin
+def _gaps(spans: Sequence[Span], begin: float, end: float) -> list[float]:
+    """Lengths of the times from `begin` to `end` in which none of `spans`, in order, ran."""
+    gaps, done = [], begin
     for span in spans:
-        low, high = max(span.start, done), min(span.end, end)
-        if high > low:
-            busy += high - low
-            done = high
-    return busy
+        if span.start >= end:
+            break
+        if span.start > done:
+            gaps.append(span.start - done)
+        done = max(done, span.end)
+    return [*gaps, end - done] if done < end else gaps
 
 
 class StepTimes(NamedTuple):

@@ -1,4 +1,4 @@
-"""What HTTP, Serve and Ray cost, on one machine in one run.
+"""What HTTP and Serve cost, on one machine in one run.
 
     python -m tests.bench.bench_http                                 # the bundled model, on a CPU
     python -m tests.bench.bench_http --model 0.6b --out /tmp/rows    # a preset, on a GPU
@@ -7,39 +7,42 @@
    `RayFleet`) in turns on the same prompts of token ids; the loss in per cent.
 2. Time to first token of one request alone: over HTTP and straight to the same driver's socket, in
    turns; what is between them is proxy, ingress and client.
-3. Time per output token under `RayFleet` and `LocalFleet`, the same engine above both: pairs in
-   turns, the geometric mean of the ratios and its 95 % interval.
 
-Answers are greedy and must have the length asked for. After `--limit-s` it ends itself.
+Answers are greedy and must have the length asked for. The last line is JSON: medians, and whether
+HTTP loses at most 3 % of the throughput and adds at most 3 ms to the first token. After `--limit-s`
+it ends itself. What Ray costs below the engine is `tests.bench.bench_fleets`.
 """
 
 import argparse
 import asyncio
 import contextlib
-import faulthandler
+import json
 import shlex
-import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from deployments.bench import PRESETS
 from deployments.bench_client import Target, ask_one, first_model, new_session, run_load
 from deployments.bench_prompts import Ask, PromptShape, random_asks
-from deployments.engine import Engine
 from deployments.llm import LLM, SamplingParams
 from tests.bench.engine_client import EngineClient
+from tests.bench.limits import time_limit
 from tests.bench.ray_service import driver_info, ray_and_serve, service
-from tests.bench.results import FOLDER, device_name, ratio_interval, record
-from tests.bench.stand_in import write_preset
+from tests.bench.results import FOLDER, device_name, percentiles, record
+from tests.bench.stand_in import model_settings
 from workers.config import count_local_gpus
 
 Note = Callable[[str, str, Sequence[float]], None]
 """note(case, unit, values)"""
+OFFLINE, HTTP, LOST = "output, LLM", "output, HTTP", "lost to HTTP"
+DIRECT, SERVED = "first token, straight to the driver", "first token, HTTP"
+ADDED = "first token, added by HTTP"
+MOST_LOST, MOST_ADDED_MS = 3.0, 3.0
+"""Goals: per cent of the throughput, and milliseconds before the first token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,33 +52,10 @@ class Sizes:
     output_len: int
     num_rounds: int
     num_firsts: int
-    pair_tokens: int
 
 
-GPU_SIZES = Sizes(
-    num_prompts=384, input_len=256, output_len=256, num_rounds=3, num_firsts=100, pair_tokens=400
-)
-CPU_SIZES = Sizes(
-    num_prompts=64, input_len=16, output_len=32, num_rounds=3, num_firsts=40, pair_tokens=150
-)
-
-
-@contextlib.contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """An error in the main thread after `seconds`; the end of the process if that does not help."""
-
-    def over(*_: object) -> None:
-        raise TimeoutError(f"not done after {seconds:g} s")
-
-    faulthandler.dump_traceback_later(seconds + 25, exit=True)
-    before = signal.signal(signal.SIGALRM, over)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-        faulthandler.cancel_dump_traceback_later()
+GPU_SIZES = Sizes(num_prompts=384, input_len=256, output_len=256, num_rounds=3, num_firsts=100)
+CPU_SIZES = Sizes(num_prompts=64, input_len=16, output_len=32, num_rounds=3, num_firsts=40)
 
 
 def bench_throughput(llm: LLM, url: str, sizes: Sizes, concurrency: int, note: Note) -> None:
@@ -102,9 +82,9 @@ def bench_throughput(llm: LLM, url: str, sizes: Sizes, concurrency: int, note: N
             else:
                 alone.append(offline(llm, asks))
         losses.append((1 - served[-1] / alone[-1]) * 100)
-    note(f"output, LLM, {concurrency} at once", "tok/s", alone)
-    note(f"output, HTTP, {concurrency} at once", "tok/s", served)
-    note(f"lost to HTTP, {concurrency} at once", "%", losses)
+    note(OFFLINE, "tok/s", alone)
+    note(HTTP, "tok/s", served)
+    note(LOST, "%", losses)
     note("CPU of the client, HTTP", "% of a core", shares)
 
 
@@ -156,46 +136,32 @@ async def bench_first_tokens(url: str, client: EngineClient, sizes: Sizes, note:
                 raise RuntimeError(outcome.error)
             served.append(outcome.ttft * 1e3)
     direct, served = direct[5:], served[5:]
-    note("first token, straight to the driver", "ms", direct)
-    note("first token, HTTP", "ms", served)
-    added = [b - a for a, b in zip(direct, served, strict=True)]
-    note("first token, added by HTTP", "ms", added)
+    note(DIRECT, "ms", direct)
+    note(SERVED, "ms", served)
+    note(ADDED, "ms", [b - a for a, b in zip(direct, served, strict=True)])
 
 
-def bench_fleets(llm: LLM, num_pairs: int, sizes: Sizes, note: Note) -> None:
-    import ray
+def judged(medians: dict[str, float], concurrency: int) -> dict[str, Any]:
+    """The figures that have goals.
 
-    from deployments.ray_fleet import RayFleet
-
-    engine = Engine(
-        llm.config,
-        RayFleet(cluster_wait_s=60, progress=lambda sentence: None),
-        node_ip=ray.util.get_node_ip_address(),
-        node_id=ray.get_runtime_context().get_node_id(),
-        listen_tcp=True,
-    )
-    with contextlib.ExitStack() as stack:
-        stack.callback(engine.stop)
-        engine.start()
-        engine.wait_ready()
-        local, remote = EngineClient(llm.engine.info()), EngineClient(engine.info())
-        stack.callback(local.close)
-        stack.callback(remote.close)
-        prompt = [7 + number % 200 for number in range(sizes.input_len)]
-        for client in (local, remote):
-            client.tpot(prompt, sizes.pair_tokens)
-        figures: dict[EngineClient, list[float]] = {local: [], remote: []}
-        for number in range(num_pairs):
-            for client in (local, remote) if number % 2 == 0 else (remote, local):
-                figures[client].append(client.tpot(prompt, sizes.pair_tokens) * 1e3)
-    ratios = [b / a for a, b in zip(figures[local], figures[remote], strict=True)]
-    low, mean, high = ratio_interval(ratios)
-    note("token of 1 request, LocalFleet", "ms", figures[local])
-    note("token of 1 request, RayFleet", "ms", figures[remote])
-    note(f"RayFleet / LocalFleet, {num_pairs} pairs", "ratio", ratios)
-    note("RayFleet / LocalFleet, 95 % from", "ratio", [low])
-    note("RayFleet / LocalFleet, mean", "ratio", [mean])
-    note("RayFleet / LocalFleet, 95 % to", "ratio", [high])
+    >>> cases = [OFFLINE, HTTP, LOST, DIRECT, SERVED, ADDED]
+    >>> told = judged(dict(zip(cases, [100.0, 98.0, 2.0, 5.0, 9.0, 4.0])), 64)
+    >>> told["lost_percent"], told["lost_met"], told["ttft_added_ms"], told["ttft_added_met"]
+    (2.0, True, 4.0, False)
+    """
+    lost, added = round(medians[LOST], 2), round(medians[ADDED], 3)
+    return {
+        "case": "http",
+        "concurrency": concurrency,
+        "offline_tok_s": round(medians[OFFLINE], 1),
+        "http_tok_s": round(medians[HTTP], 1),
+        "lost_percent": lost,
+        "lost_met": lost <= MOST_LOST,
+        "ttft_driver_ms": round(medians[DIRECT], 3),
+        "ttft_http_ms": round(medians[SERVED], 3),
+        "ttft_added_ms": added,
+        "ttft_added_met": added <= MOST_ADDED_MS,
+    }
 
 
 def settings_of(args: argparse.Namespace, sizes: Sizes, folder: Path) -> dict[str, Any]:
@@ -209,12 +175,7 @@ def settings_of(args: argparse.Namespace, sizes: Sizes, folder: Path) -> dict[st
         "start_timeout_s": 120.0,
         "step_timeout_s": 30.0,
     }
-    if args.model in PRESETS:
-        write_preset(args.model, folder)
-        settings |= {"model": str(folder), "load_format": "dummy"}
-    elif args.model:
-        settings["model"] = args.model
-    return settings
+    return settings | model_settings(args.model, folder)
 
 
 def main() -> None:
@@ -225,10 +186,10 @@ def main() -> None:
     parser.add_argument("--num-ingress", type=int, default=1)
     parser.add_argument("--tp-size", type=int, default=1)
     parser.add_argument("--kv-cache-gb", type=float, default=20.0, help="of each engine on a GPU")
-    parser.add_argument("--pairs", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=0, help="of throughput (default: 3)")
     parser.add_argument("--limit-s", type=float, default=210.0)
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder of http.csv")
+    parser.add_argument("--json", type=Path, help="write the last line there too")
     args = parser.parse_args()
     command = shlex.join(["python", "-m", "tests.bench.bench_http", *sys.argv[1:]])
     sizes = CPU_SIZES if args.device == "cpu" else GPU_SIZES
@@ -236,8 +197,19 @@ def main() -> None:
         sizes = replace(sizes, num_rounds=args.rounds)
     device, name = device_name(args.device), args.model or "bundled"
 
+    told: dict[str, float] = {}
+
     def note(case: str, unit: str, values: Sequence[float]) -> None:
-        record("http", f"{name}: {case}", unit, values, command, device, args.out)
+        told[case] = percentiles(values)[1]
+        record(
+            "http",
+            f"{name}, {args.concurrency} at once: {case}",
+            unit,
+            values,
+            command,
+            device,
+            args.out,
+        )
 
     def say(sentence: str) -> None:
         print(f"{time.perf_counter() - began:6.1f} s  {sentence}", flush=True)
@@ -260,8 +232,11 @@ def main() -> None:
                 with contextlib.closing(client):
                     asyncio.run(bench_first_tokens(url, client, sizes, note))
                 say("first tokens are measured")
-            bench_fleets(llm, args.pairs, sizes, note)
         say("done")
+    line = json.dumps({"model": name, "device": device} | judged(told, args.concurrency))
+    if args.json:
+        args.json.write_text(line + "\n")
+    print(line)
 
 
 if __name__ == "__main__":

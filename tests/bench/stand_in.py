@@ -1,13 +1,22 @@
-"""A model folder for a preset: its shape, and a vocabulary of made-up words for random ids."""
+"""Models for benchmarks: a preset's folder has its shape, and made-up words for random ids."""
 
 import itertools
 import json
 import string
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from deployments.bench import PRESETS
+
+
+def model_settings(name: str, folder: Path) -> dict[str, Any]:
+    """Settings for a preset, whose files go to `folder`, a model's folder, or the bundled model."""
+    if name in PRESETS:
+        write_preset(name, folder)
+        return {"model": str(folder), "load_format": "dummy"}
+    return {"model": name} if name else {}
 
 
 def write_preset(name: str, folder: Path) -> None:

@@ -1,6 +1,9 @@
-"""The parts of tests/bench/bench_http.py that can be wrong without a sound."""
+"""The parts of tests/bench/bench_http.py and bench_fleets.py that can be wrong without a sound."""
 
+import json
 import math
+import subprocess
+import sys
 import time
 
 import pytest
@@ -9,8 +12,9 @@ from hypothesis import strategies as st
 
 from deployments.llm import LLM
 from deployments.tokenizer import ChatTokenizer
-from tests.bench.bench_http import time_limit
+from tests.bench import bench_fleets
 from tests.bench.engine_client import EngineClient
+from tests.bench.limits import time_limit
 from tests.bench.results import ratio_interval
 from tests.bench.stand_in import write_preset
 
@@ -63,3 +67,43 @@ def test_a_client_of_the_engine_has_a_time_for_every_token():
 def test_a_limit_ends_what_takes_too_long():
     with pytest.raises(TimeoutError, match=r"not done after 0.1 s"), time_limit(0.1):
         time.sleep(5)
+
+
+def test_pairs_take_turns_at_being_first():
+    said = []
+
+    def side(name, value):
+        def measure():
+            said.append(name)
+            return value
+
+        return measure
+
+    local, remote = bench_fleets.paired(side("local", 1.0), side("ray", 2.0), 3)
+    assert said == ["local", "ray", "ray", "local", "local", "ray"]
+    assert (local, remote) == ([1.0] * 3, [2.0] * 3)
+
+
+@pytest.mark.parametrize(
+    ("remote", "is_inside"),
+    [([1.0, 1.001, 1.002], True), ([1.0, 1.03, 0.97], False), ([1.02, 1.02, 1.021], False)],
+)
+def test_an_interval_is_inside_one_per_cent_or_not(remote, is_inside):
+    told = bench_fleets.summary([1.0] * 3, remote, 30, 0)
+    assert told["inside_1_percent"] == is_inside
+    assert told["low"] <= told["ratio"] <= told["high"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_ranks_under_ray_and_ranks_without_are_measured_and_no_token_is_a_ray_call(tmp_path):
+    """In a process of its own: this one may have a Ray already."""
+    file = tmp_path / "fleets.json"
+    words = ["--pairs", "2", "--tokens", "40", "--out", str(tmp_path), "--json", str(file)]
+    command = [sys.executable, "-m", "tests.bench.bench_fleets", "--device", "cpu", *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    told = json.loads(file.read_text())
+    assert (told["pairs"], told["tokens"], told["ray_calls"]) == (2, 160, 0)
+    assert min(told["local_tpot_ms"], told["ray_tpot_ms"]) > 0
+    assert "RayFleet / LocalFleet, mean" in (tmp_path / "fleets.csv").read_text()

@@ -1,5 +1,7 @@
 """`lockstep bench step` on the bundled model."""
 
+import json
+
 import pytest
 
 from deployments.bench_step import bench_step
@@ -7,6 +9,7 @@ from deployments.bench_step_table import (
     Case,
     DriverTimes,
     TooFewSteps,
+    figures_line,
     figures_of,
     header,
     read_case,
@@ -17,10 +20,11 @@ from deployments.cli import main
 pytestmark = pytest.mark.timeout(90)
 
 
-def test_each_case_is_a_row_of_parts():
-    lines = []
-    assert bench_step(["1:16", "3:40"], {"device": "cpu", "tp_size": 2}, show=lines.append) == 0
-    ready, names, *rows = lines
+def test_each_case_is_a_row_of_parts(tmp_path):
+    lines, file = [], tmp_path / "step.json"
+    settings = {"device": "cpu", "tp_size": 2}
+    assert bench_step(["1:16", "3:40"], settings, json_file=str(file), show=lines.append) == 0
+    ready, names, *rows, last = lines
     assert "ready after" in ready
     assert names.split()[:4] == ["rows:context", "step", "plan", "send"]
     assert "idle" not in names  # that is for GPUs
@@ -30,6 +34,14 @@ def test_each_case_is_a_row_of_parts():
         assert min(plan, send, launch, finish, back, accept) > 0
         assert launch <= host
         assert step > plan
+    told = json.loads(last)
+    assert told == json.loads(file.read_text())
+    assert "idle_p50_us" not in told
+    assert [(case["rows"], case["context"]) for case in told["cases"]] == [(1, 16), (3, 40)]
+    for line, case in zip(rows, told["cases"], strict=True):
+        assert line.split()[1] == str(case["step_us"])
+        parts = (case["plan_us"], case["send_us"], case["accept_us"])
+        assert case["driver_us"] == pytest.approx(sum(parts), abs=0.2)
 
 
 def test_a_gpu_adds_its_columns():
@@ -40,14 +52,21 @@ def test_a_gpu_adds_its_columns():
         accepted={0: 1.0, 1: 1.001, 2: 1.002},
     )
     steps = [[n, 0.9 + n / 1000, 1e-4, 2e-4, 5e-5, 0.9999 + n / 1000] for n in range(3)]
-    gpu = {"busy": [900.0, 920.0], "idle": [10.0, 20.0], "kernels": [["gemm", 800.0, 2.0]]}
+    gpu = {"busy": [900.0, 920.0], "idle": [10.0, 20.0], "gap": [8.0, 9.0]}
+    gpu["kernels"] = [["gemm", 800.0, 2.0]]
     figures = figures_of({"rows": 1, "steps": steps, "gpu": gpu}, driver)
     assert figures["step"] == pytest.approx(1000)
     assert figures["host"] == pytest.approx(150)
     assert figures["back"] == pytest.approx(100)
     assert (figures["busy"], figures["idle50"], figures["idle80"]) == (910.0, 15.0, 18.0)
-    assert header(figures).split()[-4:] == ["idle", "p50", "idle", "p80"]
+    assert figures["gap50"] == 8.5
+    assert header(figures).split()[-6:] == ["idle", "p50", "idle", "p80", "longest", "gap"]
     assert len(header(figures)) == len(row(Case(1, 128), figures))
+    slow = figures | {"idle50": 31.0}
+    line = figures_line("8b", [(Case(1, 128), figures, gpu), (Case(128, 1024), slow, gpu)])
+    assert line["idle_p50_us"] == {"1:128": 15.0, "128:1024": 31.0}
+    assert line["idle_met"] is False
+    assert line["cases"][0]["kernels"] == gpu["kernels"]
 
 
 def test_steps_that_only_one_side_saw_are_nofigures_of():

@@ -26,7 +26,8 @@ def test_equal_steps_are_cut_into_equal_pieces(kernels, num_steps, between):
     figures = gpu_figures(spans, num_steps)
     assert len(figures["busy"]) == len(figures["idle"]) == num_steps - 1
     gaps = sum(max(0.0, gap) for _, gap, _ in kernels)
-    for busy, idle in zip(figures["busy"], figures["idle"], strict=True):
+    for busy, idle, gap in zip(figures["busy"], figures["idle"], figures["gap"], strict=True):
+        assert between - 1e-6 <= gap <= idle + 1e-6
         assert busy + idle == pytest.approx(period)
         assert between - 1e-6 <= idle <= between + gaps + 1e-6
         assert busy >= 1.0 - 1e-6
@@ -39,4 +40,5 @@ def test_without_a_kernel_that_runs_once_steps_are_counted_off():
     figures = gpu_figures(spans, 4)
     assert figures["busy"] == [2.0] * 3
     assert figures["idle"] == [8.0] * 3
+    assert figures["gap"] == [8.0] * 3
     assert figures["kernels"] == [["same", 2.0, 2.0]]
