@@ -59,6 +59,7 @@ from deployments.batch_lines import (
     result,
 )
 from deployments.config import ServiceConfig
+from deployments.fit import check_fit, check_tokenizer
 
 TRY_AGAIN = (429, 502, 503, 504)
 """Not the line's fault: it is asked again until something else is answered."""
@@ -138,7 +139,10 @@ def _close(output: Output) -> None:
 
 def _backend(options: BatchOptions, settings: dict[str, Any]) -> Backend:
     if not options.url:
-        return OwnEngine(ServiceConfig.from_args({"metrics_port": -1} | settings))
+        config = ServiceConfig.from_args({"metrics_port": -1} | settings)
+        check_fit(config.engine)
+        check_tokenizer(config.engine)
+        return OwnEngine(config)
     if settings:
         raise BatchError(
             f"--{next(iter(settings)).replace('_', '-')} sets up an engine, and with --url the "

@@ -23,7 +23,7 @@ from typing import Any, Self
 
 import zmq
 
-from deployments.bench import DEFAULTS, PRESETS
+from deployments.bench import DEFAULTS
 from deployments.bench_step_table import (
     Case,
     DriverTimes,
@@ -36,8 +36,10 @@ from deployments.bench_step_table import (
     row,
 )
 from deployments.config import ServiceConfig
+from deployments.fit import check_fit
 from deployments.fleet import LocalFleet
 from deployments.gang import Gang, GangFailed
+from deployments.presets import PRESETS, write_preset
 from deployments.requests import Request
 from deployments.sockets import IpcFolder
 from deployments.worker_link import WorkerLink
@@ -98,7 +100,7 @@ def _config(settings: dict[str, Any], cases: Sequence[Case], folder: Path) -> En
     chosen: dict[str, Any] = {"max_num_seqs": max(256, *(case.rows for case in cases))}
     chosen |= {key: value for key, value in DEFAULTS.items() if key != "max_model_len"}
     if name in PRESETS:
-        (folder / "config.json").write_text(json.dumps(PRESETS[name]))
+        folder = write_preset(name, folder)
         chosen |= {"load_format": "dummy", "max_model_len": DEFAULTS["max_model_len"]}
     else:
         source = Path(name) if name else bundled.path()
@@ -108,6 +110,7 @@ def _config(settings: dict[str, Any], cases: Sequence[Case], folder: Path) -> En
         for file in source.iterdir():
             (folder / file.name).symlink_to(file.resolve())
     config = ServiceConfig.from_args(chosen | settings | {"model": str(folder)}).engine
+    check_fit(config)
     if config.layout.num_domains > 1:
         raise ValueError(
             f"dp_size={config.dp_size} makes {config.layout.num_domains} copies that step by "

@@ -17,7 +17,10 @@ from deployments.bench_options import (
     add_step_flags,
 )
 from deployments.config import ServiceConfig, ServiceSettings, fields, help_texts
+from deployments.presets import PRESETS
 from workers.config import EngineConfig
+
+PRESET_NAMES = ", ".join(PRESETS)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -114,7 +117,15 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("check", help="try every collective of a layout (see check --help)")
     _add_batch(commands)
     plan = commands.add_parser(
-        "plan", allow_abbrev=False, help="print a model's collectives under given settings"
+        "plan",
+        allow_abbrev=False,
+        help="print a model's collectives under given settings; --preset names a model's shape",
+    )
+    plan.add_argument(
+        "--preset",
+        metavar="NAME",
+        default=argparse.SUPPRESS,
+        help=f"instead of --model: {PRESET_NAMES}",
     )
     _add_settings(plan, EngineConfig)
     generate = commands.add_parser(
@@ -133,8 +144,7 @@ def _add_bench(commands: Any) -> None:
     offline = benchmarks.add_parser(
         "offline",
         allow_abbrev=False,
-        help="no HTTP, one JSON line a case; --model may be a preset: 0.6b, 8b, 30b-a3b, v2-lite, "
-        "v32-mini",
+        help=f"no HTTP, one JSON line a case; --model may be a preset: {PRESET_NAMES}",
     )
     add_offline_flags(offline)
     _add_settings(offline, EngineConfig)

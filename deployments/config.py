@@ -17,6 +17,7 @@ import difflib
 import importlib.util
 import inspect
 import itertools
+import math
 import re
 import textwrap
 from collections.abc import Mapping
@@ -68,8 +69,8 @@ class ServiceSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         for name in ("resume_wait_s", "cluster_wait_s", "drain_s"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)} must be 0 or a number above it")
         if self.otlp_endpoint:
             _check_otlp(self.otlp_endpoint)
 

@@ -15,15 +15,16 @@ engine has lost a rank and is back.
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, get_type_hints
 
+import msgspec
 import zmq
 from tqdm import tqdm
 
 from deployments.config import ServiceConfig
 from deployments.engine import Engine
+from deployments.fit import check_fit, check_tokenizer, folder_of
 from deployments.fleet import LocalFleet
 from deployments.messages import (
     DriverBeat,
@@ -37,8 +38,10 @@ from deployments.messages import (
     decode_to_ingress,
 )
 from deployments.tokenizer import ChatTokenizer, Detokenizer, StopMatcher, TokenBytes
-from workers import bundled
 from workers.protocol import MAX_MESSAGE_BYTES, Sampling, TokenLogprobs, encode, pack
+
+SAMPLING_TYPES = get_type_hints(Sampling, include_extras=True)
+"""Of every field, with the values that the engine takes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +65,19 @@ class SamplingParams:
     """How many of the likeliest to tell beside each prompt token's own."""
     grammar: Grammar | None = None
     """What the text must look like: `Grammar("regex", "[0-9]+")`; "json" takes a schema's text."""
+
+    def __post_init__(self) -> None:
+        """What the engine would not take is refused here: it drops what it cannot read."""
+        if not 1 <= self.max_tokens < 2**31:
+            raise ValueError(f"max_tokens={self.max_tokens} must be from 1 to {2**31 - 1}")
+        sampling = self.sampling((), 0 if self.seed is None else self.seed)
+        for name, kind in SAMPLING_TYPES.items():
+            value = getattr(sampling, name)
+            try:
+                msgspec.convert(value, kind)
+            except msgspec.ValidationError as error:
+                asked = name.removeprefix("num_") if "logprobs" in name else name
+                raise ValueError(f"{asked}={value!r} is not valid: {error}") from None
 
     def sampling(self, stop_token_ids: tuple[int, ...], seed: int) -> Sampling:
         return Sampling(
@@ -113,8 +129,12 @@ class LLM:
         names what computes the steps (`module:class`).
         """
         self.config = ServiceConfig.from_args(settings).engine
-        folder = Path(self.config.model) if self.config.model else bundled.path()
-        self._folder = folder
+        check_fit(self.config)
+        if self.config.num_nodes > 1:
+            raise ValueError(
+                f"num_nodes={self.config.num_nodes}: `LLM` runs its ranks on this machine; several "
+                "nodes need Ray, as with `lockstep serve` or a batch as a Ray job"
+            )
         self._tokenizer: ChatTokenizer | None = None
         self._engine = Engine(self.config, LocalFleet(in_process=in_process), runner=runner)
         self._engine.start()
@@ -159,7 +179,7 @@ class LLM:
     def tokenizer(self) -> ChatTokenizer:
         """Read when first needed: prompts of token ids need none."""
         if self._tokenizer is None:
-            self._tokenizer = ChatTokenizer.load(self._folder)
+            self._tokenizer = ChatTokenizer.load(folder_of(self.config))
         return self._tokenizer
 
     def chat(
@@ -335,9 +355,11 @@ class _Reader:
 
 def generate_lines(config: ServiceConfig, questions: Sequence[str], max_tokens: int) -> int:
     """`lockstep generate`: one answer a line."""
+    params = SamplingParams(max_tokens=max_tokens, temperature=0.0)
+    check_fit(config.engine)
+    check_tokenizer(config.engine)
     settings = {name: getattr(config.engine, name) for name in config.engine.__struct_fields__}
     with LLM(**settings) as llm:
-        params = SamplingParams(max_tokens=max_tokens, temperature=0.0)
         for answer in llm.chat(questions, params):
             print(answer.text)
     return 0

@@ -1,21 +1,23 @@
 """`lockstep plan`: the collectives of a model under given settings, as a table; starts nothing.
 
     lockstep plan --model DIR --tp-size 8 --dp-size 2 --enable-dp-attention
+    lockstep plan --preset 30b-a3b --tp-size 8 ...
 
-reads config.json alone. What cannot be is refused with the sentence that the engine would give.
+reads config.json alone; a preset is one that we bring. What cannot be is refused with the sentence
+that the engine would give.
 """
 
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from deployments.config import ServiceConfig
+from deployments.fit import check_fit
+from deployments.presets import write_preset
 from parallel.layout import Layout
 from parallel.plan import Collective, Plan, Stage
-from workers import bundled
-from workers.architectures import plan_of, read_model_config
 from workers.config import EngineConfig
-from workers.model_config import check_split
 
 COLUMNS = ("layers", "where", "rows", "owed over", "collectives (ranks of each group)")
 
@@ -29,22 +31,21 @@ class _Line(NamedTuple):
 
 def print_plan(args: Mapping[str, Any]) -> int:
     """Prints the table; a ValueError says why there is none."""
-    config = ServiceConfig.from_args(args).engine
-    print("\n".join(plan_text(config)))
+    settings = dict(args)
+    preset = settings.pop("preset", "")
+    if preset and settings.get("model"):
+        raise ValueError(f"--preset {preset} stands for a model: leave out --model")
+    with tempfile.TemporaryDirectory() as folder:
+        if preset:
+            settings["model"] = str(write_preset(preset, Path(folder)))
+        print("\n".join(plan_text(ServiceConfig.from_args(settings).engine)))
     return 0
 
 
 def plan_text(config: EngineConfig) -> list[str]:
     """The lines of the table."""
-    plan = plan_of(config)
-    folder = Path(config.model) if config.model else bundled.path()
+    plan = check_fit(config)
     layout = plan.layout
-    check_split(
-        read_model_config(folder),
-        attn_tp=layout.attn_tp_size,
-        dense_tp=layout.dense_tp_size,
-        moe_tp=layout.moe_tp_size,
-    )
     cells = [COLUMNS, *(_cells(line, layout) for line in _lines(plan))]
     widths = [max(len(row[i]) for row in cells) for i in range(len(COLUMNS))]
     table = [

@@ -20,15 +20,24 @@ from typing import Any, TextIO
 
 import msgspec
 
+from deployments.api_keys import read_keys
 from deployments.config import ServiceConfig
+from deployments.fit import check_fit, check_tokenizer
 from workers.config import ray_address, set_ray_environment
 
 APP_NAME = "lockstep"
 
 
 def serve_forever(config: ServiceConfig) -> int:
-    """Serve until SIGINT or SIGTERM; 2 if the settings are wrong, 1 if it cannot start."""
+    """Serve until SIGINT or SIGTERM; 2 if the settings are wrong, 1 if it cannot start.
+
+    What the settings and config.json alone show to be wrong is a ValueError, before anything runs.
+    """
     settings = config.service
+    check_fit(config.engine)
+    check_tokenizer(config.engine)
+    if not ray_address():  # the ingresses will run here, so the file must be here
+        read_keys(settings.api_keys_file)
     taken = _taken(settings.host, settings.port)
     if taken:
         print(f"lockstep: {taken}", flush=True)
@@ -90,7 +99,7 @@ def _only_our_lines() -> Iterator[None]:
 
 
 def _start_preflight(config: ServiceConfig) -> "subprocess.Popen[bytes]":
-    """Check model and settings in a process of its own, while Ray starts."""
+    """Check the weights' files against the model in a process of its own, while Ray starts."""
     process = subprocess.Popen(
         [sys.executable, "-m", "workers.preflight"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )

@@ -12,6 +12,7 @@ arguments of `LLM`. This is also the one file that reads environment variables.
     ValueError: page_size=24 must be a power of two from 1 to 256
 """
 
+import math
 import os
 from pathlib import Path
 from typing import Literal
@@ -93,11 +94,20 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """Heartbeat period between workers, driver and ingress; eight missed beats are a death."""
 
     def __post_init__(self) -> None:
+        for name in self.__struct_fields__:
+            value = getattr(self, name)
+            if isinstance(value, int) and not -(2**63) <= value < 2**63:
+                raise ValueError(f"{name}={value} must be a number of 64 bits")
         if self.page_size not in (1, 2, 4, 8, 16, 32, 64, 128, 256):
             raise ValueError(f"page_size={self.page_size} must be a power of two from 1 to 256")
-        for name in ("max_num_seqs", "max_num_batched_tokens", "num_nodes", "beat_ms"):
+        for name in (
+            *("max_num_seqs", "max_num_batched_tokens", "max_queued_requests"),
+            *("num_nodes", "beat_ms"),
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.max_restarts < 0:
+            raise ValueError(f"max_restarts={self.max_restarts} must not be negative")
         if self.max_model_len is not None and self.max_model_len < 2:
             raise ValueError(f"max_model_len={self.max_model_len} must be at least 2")
         if self.max_num_batched_tokens < self.max_num_seqs:
@@ -110,15 +120,12 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             raise ValueError(
                 f"gpu_memory_utilization={self.gpu_memory_utilization} must be above 0, at most 1"
             )
-        if self.kv_cache_gb is not None and self.kv_cache_gb <= 0:
-            raise ValueError(f"kv_cache_gb={self.kv_cache_gb} must be above 0")
-        if self.symm_mem_prealloc_gb <= 0:
-            raise ValueError(f"symm_mem_prealloc_gb={self.symm_mem_prealloc_gb} must be above 0")
         if self.symm_mem_strict and not self.enable_symm_mem:
             raise ValueError("symm_mem_strict needs enable_symm_mem: set that too")
-        for name in ("step_timeout_s", "start_timeout_s"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be above 0")
+        for name in ("kv_cache_gb", "symm_mem_prealloc_gb", "step_timeout_s", "start_timeout_s"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name}={value} must be above 0")
         if self.layout.world_size % self.num_nodes:
             raise ValueError(
                 f"{self.layout.world_size} ranks do not spread evenly over num_nodes="

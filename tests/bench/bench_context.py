@@ -23,8 +23,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from deployments.bench import PRESETS, greedy
+from deployments.bench import greedy
 from deployments.llm import LLM
+from deployments.presets import PRESETS
 from workers import bundled
 
 CONTEXT = {"tp_size": 2, "attn_cp_size": 2}

@@ -38,9 +38,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from deployments.bench import PRESETS
 from deployments.domain import Domain, Step
 from deployments.llm import LLM, Answer, SamplingParams
+from deployments.presets import PRESETS
 from workers.worker import StepChain
 
 TIE, MEAN_APART = 0.3, 0.05

@@ -8,7 +8,7 @@ from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from deployments.bench import PRESETS
+from deployments.presets import PRESETS
 
 
 def model_settings(name: str, folder: Path) -> dict[str, Any]:

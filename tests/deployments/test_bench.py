@@ -3,10 +3,11 @@ from dataclasses import replace
 
 import pytest
 
-from deployments.bench import PRESETS, Bench, Workload, WrongAnswer, offline
+from deployments.bench import Bench, Workload, WrongAnswer, offline
 from deployments.bench_tokens import Reading, Timed, greedy, read_again, verdicts
 from deployments.cli import main
 from deployments.llm import LLM, Answer
+from deployments.presets import PRESETS, write_preset
 from workers.architectures import plan_of
 from workers.config import EngineConfig
 from workers.models import read_model_config
@@ -49,11 +50,11 @@ def test_every_case_is_one_json_line():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_are_models_we_know(name, tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(PRESETS[name]))
-    found = read_model_config(tmp_path)
+    folder = write_preset(name, tmp_path)
+    found = read_model_config(folder)
     sizes = {"v2-lite": 102400, "v32-mini": 129280}
     assert found.vocab_size == sizes.get(name, 151936)
-    assert plan_of(EngineConfig(model=str(tmp_path))).row_multiple == 1
+    assert plan_of(EngineConfig(model=str(folder))).row_multiple == 1
 
 
 class Liar:

@@ -23,6 +23,12 @@ def test_settings_may_be_strings_as_a_command_line_gives_them():
         ({"page_size": 24}, "page_size=24 must be a power of two from 1 to 256"),
         ({"port": 70000}, "port=70000 must be a port from 0 to 65535"),
         ({"tp_size": 0}, "tp_size=0 must be at least 1"),
+        ({"max_queued_requests": 0}, "max_queued_requests=0 must be at least 1"),
+        ({"max_restarts": -1}, "max_restarts=-1 must not be negative"),
+        ({"kv_cache_gb": "nan"}, "kv_cache_gb=nan must be above 0"),
+        ({"step_timeout_s": "inf"}, "step_timeout_s=inf must be above 0"),
+        ({"seed": str(2**64)}, f"seed={2**64} must be a number of 64 bits"),
+        ({"drain_s": "nan"}, "drain_s=nan must be 0 or a number above it"),
         (
             {"max_num_batched_tokens": 8, "max_num_seqs": 16},
             "max_num_batched_tokens=8 is below max_num_seqs=16",

@@ -3,6 +3,7 @@
 import pytest
 
 from deployments.cli import main
+from deployments.presets import PRESETS
 
 pytestmark = pytest.mark.row("S14")
 
@@ -53,9 +54,27 @@ def test_a_replica_in_parts_says_so(capsys):
     assert "padded to a multiple of 2, its parts" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_stands_for_a_model(preset, capsys):
+    flags = ["--tp-size", "4", "--dp-size", "2", "--enable-dp-attention"]
+    assert main(["plan", "--preset", preset, *flags]) == 0
+    told = capsys.readouterr().out
+    assert told.startswith(PRESETS[preset]["architectures"][0])
+    layers = [line.split()[0] for line in told.splitlines() if "into attention" in line]
+    assert layers[0].split("-")[0] == "0"
+    assert layers[-1].split("-")[-1] == str(PRESETS[preset]["num_hidden_layers"] - 1)
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
+        (
+            ["--preset", "70b"],
+            "preset='70b' is not known: there are 0.6b, 8b, 30b-a3b, v2-lite, v32-mini",
+        ),
+        (["--preset", "8b", "--model", "/x"], "--preset 8b stands for a model: leave out --model"),
+        (["--preset", "8b", "--tp-size", "3"], "32 attention heads do not divide over 3 ranks"),
+        (["--preset", "8b", "--max-model-len", "50000"], "more than the 40960 positions of the"),
         (["--tp-size", "3"], "4 attention heads do not divide over 3 ranks"),
         (["--tp-size", "4", "--attn-cp-size", "3"], "tp_size=4 does not divide by attn_cp_size=3"),
         (["--tp-size", "2", "--moe-dense-tp-size", "3"], "moe_dense_tp_size=3 must be unset or"),

@@ -54,20 +54,12 @@ def forget_weights(folder):
     (folder / "model.safetensors").unlink()
 
 
-def rename_architecture(folder):
-    file = folder / "config.json"
-    file.write_text(file.read_text().replace("Qwen3MoeForCausalLM", "MadeUpForCausalLM"))
-
-
 @pytest.mark.parametrize(
     ("spoil", "args", "sentence"),
     [
         (truncate, (), "model.safetensors"),
         (forget_weights, (), "safetensors"),
-        (rename_architecture, (), "MadeUpForCausalLM"),
-        (None, ("--tp-size", "3"), "4 attention heads do not divide over 3 ranks"),
         (None, ("--max-model-len", "999999"), "max_model_len=999999 is more than the 4096"),
-        (shutil.rmtree, (), "does not exist"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_a_sentence(folder, spoil, args, sentence):
@@ -188,9 +180,9 @@ def processes_of_session(session):
 
 
 def test_an_engine_that_cannot_start_is_a_sentence():
-    flags = ["--device", "cpu", "--kv-cache-gb", "0.05", "--max-model-len", "8192"]
+    flags = ["--device", "cpu", "--kv-cache-gb", "0.0001", "--max-model-len", "4096"]
     done = lockstep("generate", *flags, "hi")
     assert done.returncode == 1
     last = done.stderr.splitlines()[-1]
     assert last.startswith("lockstep: ")
-    assert "max_model_len=8192 is more than the 4096 positions of this model: lower it" in last
+    assert "raise kv_cache_gb or lower max_model_len" in last
