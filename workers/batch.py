@@ -1,7 +1,7 @@
 """The slots of one replica on one rank, and the rows that a step makes of them.
 
 `BatchState` is the host's side only: plain numpy indexed by slot, no device and no token that was
-sampled. It applies a step's `Body` and says which rows the step has; `workers.runner` turns those
+sampled. It applies a step's `Body` and says which rows the step has; `workers.step` turns those
 into a `ForwardBatch`, and a sampled token goes from the sampler to the next step on the device.
 So a plan can be applied before the step before it has come back.
 

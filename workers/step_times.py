@@ -21,7 +21,8 @@ from parallel.groups import Groups
 from parallel.layout import Layout
 from workers.config import EngineConfig
 from workers.protocol import Body, Header, Mode
-from workers.runner import ModelRunner, PendingStep, ReportProgress, StepResult
+from workers.runner import ModelRunner, ReportProgress
+from workers.step import PendingStep, StepResult
 
 NUM_WARM, NUM_TIMED, NUM_PROFILED = 20, 100, 32
 NUM_KERNELS = 12

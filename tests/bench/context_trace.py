@@ -19,7 +19,8 @@ from parallel.groups import Groups
 from parallel.layout import Layout
 from workers.config import EngineConfig
 from workers.protocol import Body, Header
-from workers.runner import ModelRunner, PendingStep, ReportProgress
+from workers.runner import ModelRunner, ReportProgress
+from workers.step import PendingStep
 
 NUM_CHUNKS_BEFORE = 6
 """Full chunks that are read before the one that is traced: the warm prompt's, and some more."""

@@ -78,7 +78,7 @@ def streams(layout: Layout, rank: int, groups, seed: int, num_seqs: int, chaos: 
     )  # fmt: skip
     for _ in range(2000):
         if driver.is_done:
-            return [request.output for request in requests], runner._cache.parts
+            return [request.output for request in requests], runner._steps.cache.parts
         planned = driver.plan()
         header = planned.header()
         [padded] = align_rows(header.num_rows, layout.attn_cp_size)

@@ -103,7 +103,7 @@ def test_kernels_and_captured_steps_give_the_tokens_of_plain_torch(family, tmp_p
     tokens, logprobs = tokens_and_logprobs(new_runner(tmp_path), 2)
     with_kernels = new_runner(tmp_path, use_kernels=True)
     their_tokens, their_logprobs = tokens_and_logprobs(with_kernels, 2)
-    assert with_kernels._graphs is not None
+    assert with_kernels._steps._graphs is not None
     assert their_tokens == tokens
     for mine, theirs in zip(logprobs, their_logprobs, strict=True):
         assert mine == pytest.approx(theirs, abs=1e-4)

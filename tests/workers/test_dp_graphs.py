@@ -23,7 +23,8 @@ from workers.architectures import plan_of
 from workers.config import EngineConfig
 from workers.layers.attention import SelfAttention
 from workers.protocol import Body, Header, Mask, Sampling, mask_bytes, pack
-from workers.runner import ModelRunner, StepResult
+from workers.runner import ModelRunner
+from workers.step import StepResult
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is chosen at import"),
@@ -206,14 +207,14 @@ def test_ranks_replay_the_collectives_that_they_captured():
     @torch.inference_mode()
     def body(rank, groups):
         runner = new_runner(config, rank, groups)
-        graphs = runner._graphs
+        graphs = runner._steps._graphs
         found = []
         for bucket in runner.buckets:
             counts = (bucket, 0)
             rows = (0,) * len(counts)
             header = Header(1, 0, 1, rows, rows, 2, (bucket, bucket), bucket, (), b"")
             groups.ledger.cut()
-            graphs.launch(runner._state.apply(Body()), bucket, header.num_rows)
+            graphs.launch(runner._steps._state.apply(Body()), bucket, header.num_rows)
             found.append(groups.ledger.cut() == graphs._graphs[bucket].calls != ())
         return found, runner.captured
 

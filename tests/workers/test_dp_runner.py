@@ -101,8 +101,8 @@ def test_which_rows_are_tokens_is_uploaded_as_the_runner_does_it():
 
     def body(rank, groups):
         runner, uploaded = runner_of(groups, layout, rank), []
-        upload = runner._upload
-        runner._upload = lambda array: uploaded.append(array) or upload(array)
+        upload = runner._transfers.upload
+        runner._transfers.upload = lambda array: uploaded.append(array) or upload(array)
         for told, bodies in STEPS[:2]:
             runner.finish(runner.launch(told, bodies[rank], rank))
         return [array.tolist() for array in uploaded if array.dtype == bool]

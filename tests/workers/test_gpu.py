@@ -76,8 +76,8 @@ def streams(runner: ModelRunner, sampling: list[Sampling], num_tokens: int) -> l
 
 def watch_buckets(runner: ModelRunner) -> list[int]:
     """Fills with the bucket of each step that a graph runs."""
-    launch, buckets = runner._graphs.launch, []
-    runner._graphs.launch = lambda *step: buckets.append(step[1]) or launch(*step)
+    launch, buckets = runner._steps._graphs.launch, []
+    runner._steps._graphs.launch = lambda *step: buckets.append(step[1]) or launch(*step)
     return buckets
 
 
@@ -108,7 +108,7 @@ def test_a_replay_gives_the_tokens_of_an_eager_run_of_its_rows(case, tmp_path):
     replayed = streams(runner, GREEDY, 40)
     assert buckets == [4] * 40
     runner = new_runner(tmp_path, "cuda", dtype="bfloat16")
-    graphs = runner._graphs
+    graphs = runner._steps._graphs
     graphs._graphs = {b: each._replace(graph=None) for b, each in graphs._graphs.items()}
     assert streams(runner, GREEDY, 40) == replayed
 

@@ -115,4 +115,4 @@ def test_rows_in_blocks_read_what_they_read_together_and_begin_aligned(monkeypat
 def test_room_for_the_choice_is_kept_free_where_there_is_an_indexer(family, expected, tmp_path):
     name, changes = FAMILIES[family]
     save_tiny(tmp_path, name, **changes)
-    assert new_runner(tmp_path, use_kernels=True)._attention.unmeasured_bytes == expected
+    assert new_runner(tmp_path, use_kernels=True)._steps.unmeasured_bytes == expected

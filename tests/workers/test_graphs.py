@@ -114,12 +114,12 @@ def test_decodes_fill_up_to_a_bucket_and_pads_touch_nobody():
     for number, slot in enumerate((0, 1, 3)):
         body = entering(slot, [slot + 1, 9], greedy, [2 * number, 2 * number + 1])
         runner.finish(runner.launch(header(2 + number, 1 + number), body, 0))
-    before = [part.clone() for part in runner._cache.parts]
+    before = [part.clone() for part in runner._steps.cache.parts]
     model.num_rows.clear()
     result = runner.finish(runner.launch(decoding(3, 4), Body(), 0))
     assert model.num_rows == [4]
     assert len(result.ids) == 3
-    for part, old in zip(runner._cache.parts, before, strict=True):
+    for part, old in zip(runner._steps.cache.parts, before, strict=True):
         changed = (part != old).flatten(2).any(dim=-1)
         assert set(changed.nonzero()[:, 1].tolist()) == {1, 2, 4, NUM_PAGES}
 

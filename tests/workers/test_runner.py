@@ -22,7 +22,8 @@ from workers.protocol import (
     mask_bytes,
     pack,
 )
-from workers.runner import ModelRunner, StepResult
+from workers.runner import ModelRunner
+from workers.step import StepResult
 
 CPU = torch.device("cpu")
 VOCAB = 97
