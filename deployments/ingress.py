@@ -30,11 +30,18 @@ def _traces(endpoint: str, name: str) -> "Traces | None":
     return Traces(endpoint, instance=name)
 
 
+ON_ONE_LOOP = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}
+"""The front answers from its replica's own event loop. It never holds a loop up for long, and with
+a thread of its own, which is Serve's default, every chunk goes from one loop to the other: that
+took 13 of 45 microseconds of CPU a token."""
+
+
 # Serve's access log would be a line a request on the launching terminal; /metrics counts them.
 @serve.deployment(
     max_ongoing_requests=4096,
     health_check_period_s=1,
     logging_config={"enable_access_log": False},
+    ray_actor_options={"runtime_env": {"env_vars": ON_ONE_LOOP}},
 )
 @serve.ingress()
 class Ingress:

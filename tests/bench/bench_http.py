@@ -4,7 +4,8 @@
     python -m tests.bench.bench_http --model 0.6b --out /tmp/rows    # a preset, on a GPU
 
 1. Throughput at 64 requests under way: `LLM` (no HTTP) and the service (HAProxy, ingress, driver,
-   `RayFleet`) in turns on the same prompts of token ids; the loss in per cent.
+   `RayFleet`) in turns on the same prompts of token ids; the loss in per cent, and the CPU time
+   that client, ingress and HAProxy take for a token.
 2. Time to first token of one request alone: over HTTP and straight to the same driver's socket, in
    turns; what is between them is proxy, ingress and client.
 
@@ -31,6 +32,7 @@ from deployments.bench_prompts import Ask, PromptShape, random_asks
 from deployments.llm import LLM, SamplingParams
 from tests.bench.engine_client import EngineClient
 from tests.bench.limits import time_limit
+from tests.bench.process_cpu import cpu_seconds
 from tests.bench.ray_service import driver_info, ray_and_serve, service
 from tests.bench.results import FOLDER, device_name, percentiles, record
 from tests.bench.stand_in import model_settings
@@ -41,6 +43,8 @@ Note = Callable[[str, str, Sequence[float]], None]
 OFFLINE, HTTP, LOST = "output, LLM", "output, HTTP", "lost to HTTP"
 DIRECT, SERVED = "first token, straight to the driver", "first token, HTTP"
 ADDED = "first token, added by HTTP"
+WHO = {"": "the client", "ServeReplica:lockstep:Ingress": "the ingress", "haproxy": "HAProxy"}
+"""Whose CPU time is measured, by a part of the command line; the client is this process."""
 MOST_LOST, MOST_ADDED_MS = 3.0, 3.0
 """Goals: per cent of the throughput, and milliseconds before the first token."""
 
@@ -70,22 +74,28 @@ def bench_throughput(llm: LLM, url: str, sizes: Sizes, concurrency: int, note: N
     warm = random_asks(shape, concurrency, seed=1)
     offline(llm, warm)
     asyncio.run(over_http(url, warm, concurrency))
-    alone, served, losses, shares = [], [], [], []
+    alone, served, losses = [], [], []
+    costs: dict[str, list[float]] = {title: [] for title in WHO}
+    num_tokens = sum(ask.max_tokens for ask in asks)
     for number in range(sizes.num_rounds):
         for is_http in (False, True) if number % 2 == 0 else (True, False):
             if is_http:
-                began = time.process_time()
-                speed = asyncio.run(over_http(url, asks, concurrency))
-                cpu = time.process_time() - began
-                served.append(speed)
-                shares.append(cpu * speed / sum(ask.max_tokens for ask in asks) * 100)
+                began = {title: cpu_of(title) for title in WHO}
+                served.append(asyncio.run(over_http(url, asks, concurrency)))
+                for title, before in began.items():
+                    costs[title].append((cpu_of(title) - before) / num_tokens * 1e6)
             else:
                 alone.append(offline(llm, asks))
         losses.append((1 - served[-1] / alone[-1]) * 100)
     note(OFFLINE, "tok/s", alone)
     note(HTTP, "tok/s", served)
     note(LOST, "%", losses)
-    note("CPU of the client, HTTP", "% of a core", shares)
+    for title, name in WHO.items():
+        note(f"CPU of {name}, HTTP", "us/token", costs[title])
+
+
+def cpu_of(title: str) -> float:
+    return cpu_seconds(title) if title else time.process_time()
 
 
 def offline(llm: LLM, asks: Sequence[Ask]) -> float:

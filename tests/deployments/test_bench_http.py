@@ -15,6 +15,7 @@ from deployments.tokenizer import ChatTokenizer
 from tests.bench import bench_fleets
 from tests.bench.engine_client import EngineClient
 from tests.bench.limits import time_limit
+from tests.bench.process_cpu import cpu_seconds
 from tests.bench.results import ratio_interval
 from tests.bench.stand_in import write_preset
 
@@ -67,6 +68,20 @@ def test_a_client_of_the_engine_has_a_time_for_every_token():
 def test_a_limit_ends_what_takes_too_long():
     with pytest.raises(TimeoutError, match=r"not done after 0.1 s"), time_limit(0.1):
         time.sleep(5)
+
+
+def test_cpu_time_is_that_of_descendants_with_the_name():
+    spin = "import time\nwhile time.process_time() < 0.3: pass\nprint(1, flush=True); input()"
+    command = [sys.executable, "-c", f"{spin} # worker-of-mine"]
+    nested = [sys.executable, "-c", f"import subprocess; subprocess.run({command!r})"]
+    with subprocess.Popen(nested, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"1\n"
+        everything = cpu_seconds("worker-of-mine")
+        assert everything >= 0.25
+        assert cpu_seconds("worker-of-mine", ancestor=process.pid) >= 0.25
+        assert cpu_seconds("worker-of-another") == 0
+        process.communicate(b"\n")
+    assert cpu_seconds("worker-of-mine") == 0
 
 
 def test_pairs_take_turns_at_being_first():
