@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 
 from deployments.scheduler import Accepted, Plan, Scheduler
 from parallel.layout import Layout
-from parallel.padding import align_rows, choose_bucket, pad_rows
+from parallel.padding import PaddingMode, align_rows, choose_bucket, pad_rows
+from parallel.padding_cost import PaddingCosts, pad_by_cost
 from workers.protocol import (
     LEDGER_HALF,
     Ack,
@@ -25,6 +26,13 @@ from workers.protocol import (
     encode,
     unpack,
 )
+
+PADDING: dict[PaddingMode, int] = {
+    "max_len": Padding.MAX_LEN,
+    "sum_len": Padding.SUM_LEN,
+    "sum_slots": Padding.SUM_SLOTS,
+    "sum_buffer": Padding.SUM_BUFFER,
+}
 
 
 class Desync(Exception):
@@ -80,12 +88,15 @@ class Domain:
         row_multiple: int = 1,
         shares_rows: bool = False,
         buckets: Sequence[int] = (),
+        padding: PaddingMode | None = None,
+        costs: PaddingCosts | None = None,
     ) -> None:
         """`depth` steps may be under way at once: 2 overlaps planning with computing.
 
         `row_multiple` and `shares_rows` are the collective plan's: what a replica's rows are padded
         to a multiple of, and whether rows of different replicas meet. `buckets` are the rows of the
-        decode graphs that all ranks have captured.
+        decode graphs that all ranks have captured. Other steps are padded as `padding` says, else
+        by `costs`, else by the rule.
         """
         self.index = index
         self.ranks = layout.domain_ranks(index)
@@ -97,6 +108,8 @@ class Domain:
         self._row_multiple = row_multiple
         self._shares_rows = shares_rows
         self._buckets = tuple(buckets)
+        self._padding: PaddingMode | None = padding
+        self._costs = costs
         self._previous = b""
         self.under_way: deque[Step] = deque()
 
@@ -145,9 +158,16 @@ class Domain:
             return bucket, padding, (bucket,) * len(num_rows)
         if not self._shares_rows:
             return 0, Padding.NONE, align_rows(num_rows, self._row_multiple)
-        padded = pad_rows(num_rows, has_prompts=has_prompts, row_multiple=self._row_multiple)
-        modes = {"max_len": Padding.MAX_LEN, "sum_len": Padding.SUM_LEN}
-        return 0, modes[padded.mode], padded.rows
+        if self._costs is not None and self._padding is None:
+            padded = pad_by_cost(num_rows, self._costs, row_multiple=self._row_multiple)
+        else:
+            padded = pad_rows(
+                num_rows,
+                has_prompts=has_prompts,
+                row_multiple=self._row_multiple,
+                mode=self._padding,
+            )
+        return 0, PADDING[padded.mode], padded.rows
 
     def _num_prompt_rows(self, plans: Sequence[Plan]) -> tuple[int, ...]:
         """For a head that spans replicas, which all ranks must come to equally often."""

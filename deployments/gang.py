@@ -16,6 +16,7 @@ from typing import NamedTuple
 from deployments.deadlock import Waits
 from deployments.domain import Desync, Domain, StepDone, odd_ones
 from deployments.scheduler import Plan, Scheduler
+from parallel.padding_cost import PaddingCosts, slowest
 from workers.architectures import plan_of
 from workers.config import EngineConfig
 from workers.protocol import (
@@ -345,6 +346,8 @@ class Gang:
                 for _ in range(self.layout.num_replicas)
             ]
             depth = 2 if self.config.overlap else 1
+            costs = self._padding_costs(index)
+            padding = self.config.padding
             self.domains.append(
                 Domain(
                     self.layout,
@@ -355,9 +358,22 @@ class Gang:
                     row_multiple=self.plan.row_multiple,
                     shares_rows=self.plan.crosses_replicas,
                     buckets=self.model.buckets,
+                    padding=None if padding in ("auto", "rule") else padding,
+                    costs=costs,
                 )
             )
         self.serving = True
+
+    def _padding_costs(self, domain: int) -> PaddingCosts | None:
+        """Of the curves that the domain's ranks measured; None if any has none."""
+        ranks = self.layout.domain_ranks(domain)
+        curves = slowest([self._ready[rank].padding for rank in ranks])
+        if curves is None:
+            return None
+        layout = self.layout
+        costs = PaddingCosts(curves, attn_tp=layout.attn_tp_size, attn_cp=layout.attn_cp_size)
+        self._on_progress(f"padding, ranks {ranks[0]} to {ranks[-1]}: {costs.summary()}")
+        return costs
 
     def _refuse_unlike_graphs(self) -> None:
         """Ranks must have captured the same collectives, from the same slots at the same offsets.

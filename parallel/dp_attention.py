@@ -15,7 +15,8 @@ is given:
 
 Where the ranks' shares are unequal, every rank's part of a collective is as long as the longest
 share, or, where that would move more than all rows twice, the rows are summed in one buffer that is
-zero where a rank has nothing. What is exchanged has the same shape on all ranks either way.
+zero where a rank has nothing; a step's header may say which. What is exchanged has the same shape
+on all ranks either way.
 
     >>> split = RowSplit(rows=(4, 2), num_real=(3, 2), attn_tp=2, part=0, place=1)
     >>> split.shares, split.share, split.own
@@ -38,6 +39,7 @@ from parallel.collectives import (
 )
 from parallel.context_gather import ContextGather
 from parallel.groups import Group
+from parallel.padding import slots_move_less
 from parallel.plan import Rows
 from parallel.symmetric import (
     get_global_dp_buffer,
@@ -96,6 +98,8 @@ class RowCounts(NamedTuple):
     num_logit_rows: tuple[int, ...]
     num_prompt_rows: tuple[int, ...] = ()
     """Rows whose next prompt token's log-probability is wanted; empty if no replica has any."""
+    in_one_buffer: bool | None = None
+    """Whether rows in uneven shares are summed in one buffer; None: if that moves less."""
 
 
 class RowSplit:
@@ -117,6 +121,7 @@ class RowSplit:
         attn_tp: int,
         part: int,
         place: int,
+        in_one_buffer: bool | None = None,
         upload: Upload = torch.from_numpy,
     ) -> None:
         """`part` is this rank's among all parts, `place` this rank's in its attention-TP group."""
@@ -143,7 +148,9 @@ class RowSplit:
         self.share_in_all = slice(start + self.share.start, start + self.share.stop)
         self.num_share = self.shares[mine]
         self.is_even = len(set(self.shares)) == 1
-        self.uses_slots = len(self.shares) * self.longest <= 2 * self.total
+        if in_one_buffer is None:
+            in_one_buffer = not slots_move_less(len(self.shares), self.longest, self.total)
+        self.uses_slots = not in_one_buffer
         """Uneven shares are exchanged in slots of the longest, not summed in one buffer."""
         self._rows, self._num_real, self._upload = rows, num_real, upload
         self._part = part

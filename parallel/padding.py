@@ -3,8 +3,10 @@
 The driver decides from the counts of all replicas and writes the result into the step's header; no
 rank asks another. MAX_LEN pads all replicas to the longest, which makes every collective one of
 equal parts. SUM_LEN leaves them unequal: fewer rows are computed, and they are exchanged either
-through slots of the longest share or by summing one buffer, whichever moves less
-(`parallel.dp_attention`).
+through slots of the longest share (`sum_slots`) or by summing one buffer (`sum_buffer`); `sum_len`
+alone is whichever of the two moves less (`parallel.dp_attention`).
+
+Here is the rule, which knows counts alone. `parallel.padding_cost` chooses by what ranks measured.
 
     >>> pad_rows((8, 8, 8, 8, 0, 0, 0, 0), has_prompts=False, row_multiple=1).mode
     'max_len'
@@ -21,7 +23,7 @@ chosen before anything else: every replica is padded to it, idle ones too.
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-PaddingMode = Literal["max_len", "sum_len"]
+PaddingMode = Literal["max_len", "sum_len", "sum_slots", "sum_buffer"]
 
 SMALL_BUCKETS = range(1, 9)
 """Few rows are never padded: at batch 1 to 8 kernels, and their tuning, see the true number."""
@@ -59,6 +61,11 @@ def pad_rows(
     if mode == "max_len":
         aligned = (max(aligned),) * len(aligned)
     return Padded(mode, aligned)
+
+
+def slots_move_less(num_ranks: int, longest: int, total: int) -> bool:
+    """Whether slots of the longest share move no more than all rows summed in one buffer."""
+    return num_ranks * longest <= 2 * total
 
 
 def align_rows(num_rows: Sequence[int], row_multiple: int) -> tuple[int, ...]:

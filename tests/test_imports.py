@@ -19,6 +19,7 @@ MAY_IMPORT = {
         "workers.model_config",
         "parallel.layout",
         "parallel.padding",
+        "parallel.padding_cost",
         "parallel.plan",
     },
     "deployments/fleet.py": {"workers.worker"},
@@ -43,6 +44,7 @@ MUST_NOT_IMPORT = {
     "workers/model_config.py": {"torch"},
     "parallel/layout.py": {"torch"},
     "parallel/padding.py": {"torch"},
+    "parallel/padding_cost.py": {"torch"},
     "parallel/plan.py": {"torch"},
     "kernels": {"ray", "torch.distributed"},
 }

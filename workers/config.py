@@ -72,6 +72,8 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """End the step, instead of counting it, when a collective's memory is not symmetric."""
     all_reduce: Literal["auto", "nccl"] = "auto"
     """How GPUs sum rows: auto measures all ways at each start (see README), nccl takes NCCL's."""
+    padding: Literal["auto", "rule", "max_len", "sum_len"] = "rule"
+    """Rows of attention replicas: by the rule, by cost measured at each start, or always alike."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of weights and activations; auto is the checkpoint's on a GPU and float32 on a CPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

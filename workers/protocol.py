@@ -40,7 +40,9 @@ import numpy as np
 from msgspec import Meta, Struct
 from numpy.typing import NDArray
 
-PROTOCOL_VERSION = 7
+from parallel.padding_cost import PaddingCurves
+
+PROTOCOL_VERSION = 8
 """Raised whenever a struct changes; a worker of another version is refused at `Hello`."""
 
 MAX_MESSAGE_BYTES = 64 * 2**20
@@ -157,9 +159,12 @@ class Mode:
 
 
 class Padding:
-    """How rows of unequal replicas are gathered (SGLang's `DpPaddingMode`)."""
+    """How rows of unequal replicas are gathered (SGLang's `DpPaddingMode`).
 
-    NONE, MAX_LEN, SUM_LEN = range(3)
+    SUM_LEN takes whichever of its two ways moves fewer rows; the last two say which it is.
+    """
+
+    NONE, MAX_LEN, SUM_LEN, SUM_SLOTS, SUM_BUFFER = range(5)
 
 
 class Header(Message, frozen=True):
@@ -171,7 +176,7 @@ class Header(Message, frozen=True):
     num_rows: tuple[int, ...]
     """Rows of each replica, before padding."""
     num_logit_rows: tuple[int, ...]
-    padding: Annotated[int, Meta(ge=0, le=2)]
+    padding: Annotated[int, Meta(ge=0, le=4)]
     padded_rows: tuple[int, ...]
     """Rows of each replica as the model sees them."""
     bucket: Natural
@@ -237,6 +242,8 @@ class Ready(Message, frozen=True, tag="ready"):
     stop_token_ids: tuple[int, ...]
     buckets: tuple[int, ...] = ()
     """Rows of the decode graphs that it will capture; none where steps are not captured."""
+    padding: PaddingCurves | None = None
+    """What padding costs, as this rank measured it; None if it is not asked."""
 
 
 class Started(Message, frozen=True, tag="started"):

@@ -17,12 +17,14 @@ import torch
 from parallel.groups import Groups
 from parallel.layout import Layout
 from parallel.padding import buckets_up_to
+from parallel.padding_cost import PaddingCurves
 from workers import bundled
 from workers.architectures import plan_of
 from workers.cache import bytes_per_page, pages_that_fit
 from workers.config import EngineConfig
 from workers.expert_load import ExpertTally
 from workers.models import Model, build_model, read_model_config
+from workers.padding_times import exchanges_of, time_padding
 from workers.protocol import Admit, Body, Header, Mask, Sampling, pack
 from workers.sampling import Sampler
 from workers.step import PendingStep, StepResult, StepRunner
@@ -103,6 +105,10 @@ class ModelRunner:
         with torch.inference_mode():
             self._model = make_model(config, layout, rank, groups, device, progress)
         self._expert_tally = ExpertTally(self._model, config, groups, self._transfers.fetch)
+        self.padding_curves: PaddingCurves | None = None
+        if config.padding == "auto" and exchanges_of(plan_of(config)):
+            with torch.inference_mode():
+                self.padding_curves = time_padding(config, plan_of(config), self._model, groups)
         self.vocab_size = self._model.vocab_size
         self.stop_token_ids = self._model.stop_token_ids
         self.max_model_len = _limit_of(config, self._model)

@@ -31,13 +31,16 @@ from workers.context import ContextParts, StepPart
 from workers.expert_load import ExpertTally
 from workers.models import Model
 from workers.prompt_logprobs import PendingPrompt, PromptLogprobs, prompt_logprobs
-from workers.protocol import Admit, Body, Header, Mask, TokenLogprobs
+from workers.protocol import Admit, Body, Header, Mask, Padding, TokenLogprobs
 from workers.sampling import Allowed, PendingLogprobs, Sampler
 from workers.step_checks import check_bucket, check_header, check_mask
 from workers.transfers import Transfers
 
 if TYPE_CHECKING:
     from workers.graphs import DecodeGraphs
+
+IN_ONE_BUFFER = {Padding.SUM_SLOTS: False, Padding.SUM_BUFFER: True}
+"""Where a header says how uneven rows are exchanged."""
 
 
 class StepResult(NamedTuple):
@@ -133,6 +136,7 @@ class StepRunner:
                 header.padded_rows,
                 header.num_logit_rows,
                 header.num_prompt_rows,
+                IN_ONE_BUFFER.get(header.padding),
             )
             return self._launch(rows, body.admits, counts, replica, body.num_masked)
 

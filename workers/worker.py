@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 import kernels
 from parallel.groups import Groups, Transport
 from parallel.layout import Layout
+from parallel.padding_cost import PaddingCurves
 from workers.config import EngineConfig
 from workers.failpoints import Failpoints, Skipping
 from workers.link import DriverLink, Pulse
@@ -100,6 +101,11 @@ class Runner(Protocol):
     @property
     def buckets(self) -> tuple[int, ...]:
         """Rows of the decode graphs that `allocate` captures."""
+        ...
+
+    @property
+    def padding_curves(self) -> PaddingCurves | None:
+        """What padding costs, if it was measured."""
         ...
 
     @property
@@ -319,6 +325,7 @@ class Worker:
             runner.vocab_size,
             tuple(runner.stop_token_ids),
             tuple(runner.buckets),
+            runner.padding_curves,
         )
 
     def _await(self, link: DriverLink, wanted: type[Wanted]) -> Wanted:

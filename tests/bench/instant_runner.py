@@ -25,6 +25,7 @@ class InstantRunner:
     stop_token_ids = (2,)
     buckets = ()
     captured = b""
+    padding_curves = None
 
     def __init__(self, config, layout, rank, groups, device, progress):
         self._replica = layout.coordinates(rank).attn_dp

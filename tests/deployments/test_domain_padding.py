@@ -6,12 +6,13 @@ from deployments.domain import Domain
 from deployments.requests import Request
 from deployments.scheduler import Scheduler
 from parallel.layout import Layout
+from parallel.padding_cost import PaddingCosts, PaddingCurves
 from workers.protocol import Mode, Padding, decode_header
 
 pytestmark = pytest.mark.row("S10")
 
 
-def domain(num_replicas=4, row_multiple=1, shares_rows=True, buckets=()):
+def domain(num_replicas=4, row_multiple=1, shares_rows=True, buckets=(), **padding):
     schedulers = [
         Scheduler(num_pages=64, page_size=4, max_num_seqs=8, max_num_batched_tokens=64)
         for _ in range(num_replicas)
@@ -26,6 +27,7 @@ def domain(num_replicas=4, row_multiple=1, shares_rows=True, buckets=()):
         row_multiple=row_multiple,
         shares_rows=shares_rows,
         buckets=buckets,
+        **padding,
     )
 
 
@@ -111,3 +113,55 @@ def test_one_replica_is_padded_to_a_bucket_without_a_gather():
     add(one, 0, 2)
     _, decodes = headers(one, 2)
     assert (decodes.bucket, decodes.padding, decodes.padded_rows) == (4, Padding.NONE, (4,))
+
+
+def always(way):
+    """Costs by which one way of exchanging rows is the quickest, and computing them is free."""
+    figures = dict.fromkeys(("equal", "slots", "buffer"), (9.0, 90.0)) | {way: (1.0, 10.0)}
+    return PaddingCosts(PaddingCurves((1, 100), **figures, mlps=(0.0, 0.0)), attn_tp=1, attn_cp=1)
+
+
+@pytest.mark.parametrize(
+    ("way", "padding", "rows"),
+    [
+        ("equal", Padding.MAX_LEN, (7, 7, 7, 7)),
+        ("slots", Padding.SUM_SLOTS, (3, 7, 1, 0)),
+        ("buffer", Padding.SUM_BUFFER, (3, 7, 1, 0)),
+    ],
+)
+def test_with_costs_prompts_and_decodes_take_what_is_quickest(way, padding, rows):
+    one = domain(costs=always(way))
+    for replica, length in ((0, 3), (1, 5), (1, 2), (2, 1)):
+        add(one, replica, length)
+    prompts, decodes = headers(one, 2)
+    assert (prompts.padding, prompts.padded_rows) == (padding, rows)
+    assert decodes.padding == padding
+    assert decodes.padded_rows == ((2,) * 4 if way == "equal" else (1, 2, 1, 0))
+
+
+def test_what_is_set_is_obeyed_whatever_it_costs():
+    for mode, padding, rows in (
+        ("max_len", Padding.MAX_LEN, (5, 5)),
+        ("sum_len", Padding.SUM_LEN, (5, 2)),
+    ):
+        one = domain(num_replicas=2, padding=mode, costs=always("buffer"))
+        add(one, 0, 5)
+        add(one, 1, 2)
+        (prompts,) = headers(one, 1)
+        assert (prompts.padding, prompts.padded_rows) == (padding, rows)
+
+
+@pytest.mark.row("S12")
+def test_costs_do_not_touch_what_graphs_replay():
+    one = domain(buckets=(1, 2, 4), costs=always("buffer"))
+    add(one, 0, 3)
+    prompts, decodes = headers(one, 2)
+    assert prompts.padding == Padding.SUM_BUFFER
+    assert (decodes.padding, decodes.bucket, decodes.padded_rows) == (Padding.MAX_LEN, 1, (1,) * 4)
+
+
+def test_costs_mean_nothing_where_replicas_share_nothing():
+    one = domain(shares_rows=False, costs=always("equal"))
+    add(one, 0, 5)
+    (prompts,) = headers(one, 1)
+    assert (prompts.padding, prompts.padded_rows) == (Padding.NONE, (5, 0, 0, 0))

@@ -5,6 +5,7 @@ import pytest
 from deployments.gang import Gang, GangFailed
 from deployments.grammar import State
 from deployments.requests import Request
+from parallel.padding_cost import PaddingCurves
 from workers.config import EngineConfig
 from workers.protocol import (
     MASK,
@@ -15,6 +16,7 @@ from workers.protocol import (
     Failed,
     Hello,
     Mask,
+    Padding,
     Ready,
     Serve,
     Start,
@@ -43,22 +45,31 @@ class Wire:
         return decode_to_worker(frames[1]) if frames[0] != STEP else frames
 
 
-def gang(config=CONFIG, epoch=1):
+def gang(config=CONFIG, epoch=1, lines=None):
     wire = Wire()
-    return Gang(config, epoch=epoch, now=0.0, send=wire.send), wire
+    said = [] if lines is None else lines
+    return Gang(config, epoch=epoch, now=0.0, send=wire.send, on_progress=said.append), wire
 
 
 def hello(rank, device="cpu", version=PROTOCOL_VERSION):
     return Hello(version, 1, rank, f"10.0.0.{rank}", 100 + rank, device, 7000 + rank)
 
 
-def bring_up(config=CONFIG, pages=40, now=1.0, buckets=(), captured=(b"",) * 4):
-    one, wire = gang(config)
+def bring_up(
+    config=CONFIG,
+    pages=40,
+    now=1.0,
+    buckets=(),
+    captured=(b"",) * 4,
+    curves=(None,) * 4,
+    lines=None,
+):
+    one, wire = gang(config, lines=lines)
     for rank in range(config.layout.world_size):
         one.on_message(rank, hello(rank), now)
     for rank in range(config.layout.world_size):
         told = (2, *buckets[: rank + 1]) if buckets else ()
-        one.on_message(rank, Ready(1, rank, pages + rank, 100, 300, (2,), told), now)
+        one.on_message(rank, Ready(1, rank, pages + rank, 100, 300, (2,), told, curves[rank]), now)
     for rank in range(config.layout.world_size):
         one.on_message(rank, Started(1, rank, captured[rank]), now)
     return one, wire
@@ -286,3 +297,47 @@ def test_who_waits_for_a_silent_rank_is_not_accused_of_a_deadlock(stopped):
     else:
         assert failed.value.rank == stopped
         assert "have not been heard" in str(failed.value)
+
+
+CURVES = PaddingCurves((4, 40), (9.0, 90.0), (1.0, 10.0), (6.0, 60.0), (0.0, 0.0))
+SHARED = {
+    "tp_size": 4,
+    "dp_size": 2,
+    "enable_dp_attention": True,
+    "padding": "auto",
+    "overlap": False,
+}
+
+
+@pytest.mark.row("S10")
+@pytest.mark.parametrize(
+    ("slow", "padding"),
+    [
+        (CURVES, Padding.SUM_SLOTS),
+        (CURVES._replace(slots=(8.0, 80.0)), Padding.SUM_BUFFER),
+        (CURVES._replace(slots=(99.0, 999.0), buffer=(99.0, 999.0)), Padding.MAX_LEN),
+        (None, Padding.SUM_LEN),
+    ],
+)
+def test_steps_are_padded_by_the_slowest_ranks_curves_and_one_line_tells_them(slow, padding):
+    lines = []
+    config = EngineConfig(**SHARED)
+    one, wire = bring_up(config, curves=(CURVES, CURVES, slow, CURVES), lines=lines)
+    request = Request(key=(b"a", 0), tokens=[5] * 6, num_prompt=6, max_tokens=2)
+    one.schedulers[0].add(request)
+    one.pump(2.0)
+    header = decode_header(wire.last(0)[1])
+    assert (header.num_rows, header.padding) == ((6, 0), padding)
+    told = [line for line in lines if line.startswith("padding, ranks 0 to 3: ")]
+    assert len(told) == (0 if slow is None else 1)
+    if slow is not None:
+        assert f"4 rows 9, {slow.slots[0]:.0f}, {slow.buffer[0]:.0f} + 0" in told[0]
+
+
+@pytest.mark.row("S10")
+def test_padding_that_is_set_is_what_headers_say():
+    one, wire = bring_up(EngineConfig(**{**SHARED, "padding": "max_len"}))
+    one.schedulers[0].add(Request(key=(b"a", 0), tokens=[5] * 6, num_prompt=6, max_tokens=2))
+    one.pump(2.0)
+    header = decode_header(wire.last(0)[1])
+    assert (header.padding, header.padded_rows) == (Padding.MAX_LEN, (6, 6))

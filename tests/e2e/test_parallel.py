@@ -35,8 +35,8 @@ DP4 = {"tp_size": 4, "dp_size": 4, "enable_dp_attention": True}
 A2A = {"moe_a2a_backend": "torch"}
 
 DEFAULT = [
-    {"tp_size": 2, **REPLICAS},
-    {**DP2},
+    {"tp_size": 2, **REPLICAS, "padding": "auto"},
+    {**DP2, "padding": "max_len"},
     {**DP2, "ep_size": 2, "enable_dp_lm_head": True, "moe_dense_tp_size": 2},
     {**DP2, **A2A, "ep_size": 4, "moe_dense_tp_size": 1},
     {**DP2, **A2A, "ep_size": 2, "moe_dp_size": 2, "disable_attn_tp_gather": True},
@@ -47,7 +47,14 @@ DEFAULT = [
     {"tp_size": 2, "ep_size": 2, "moe_dense_tp_size": 1},
     {"tp_size": 2, "attn_cp_size": 2},
     {"tp_size": 4, "attn_cp_size": 2, **A2A, "ep_size": 4, "disable_attn_tp_gather": True},
-    {**DP2, "attn_cp_size": 2, "ep_size": 2, "enable_symm_mem": True, "symm_mem_strict": True},
+    {
+        **DP2,
+        "attn_cp_size": 2,
+        "ep_size": 2,
+        "padding": "auto",
+        "enable_symm_mem": True,
+        "symm_mem_strict": True,
+    },
 ]
 
 

@@ -29,9 +29,9 @@ def entering(tokens: list[int], sampling: Sampling = WANTED) -> Body:
     return Body(admits=(admit,), chunk_slots=pack([0]), chunk_lengths=pack([len(tokens)]))
 
 
-def header(num_rows, padded, num_logit_rows, num_prompt_rows=()) -> Header:
+def header(num_rows, padded, num_logit_rows, num_prompt_rows=(), padding=Padding.SUM_LEN) -> Header:
     return Header(
-        1, 0, 3, num_rows, num_logit_rows, Padding.SUM_LEN, padded, 0, (), b"",
+        1, 0, 3, num_rows, num_logit_rows, padding, padded, 0, (), b"",
         num_prompt_rows=num_prompt_rows,
     )  # fmt: skip
 
@@ -53,6 +53,15 @@ STEPS = [
     (header((0, 1), (1, 1), (0, 1)), (Body(leaves=pack([0])), Body())),
 ]
 """A long prompt beside nobody, a short one beside a decode, two decodes, and one left alone."""
+UNEVEN = ((300, 0), (1, 3), (1, 1), (0, 1))
+"""The same steps as SUM_LEN has them."""
+
+
+def steps_in(padding: int):
+    """The steps with rows exchanged in this way, wherever they are uneven."""
+    for (told, bodies), rows in zip(STEPS, UNEVEN, strict=True):
+        prompt_rows = told.num_prompt_rows
+        yield header(told.num_rows, rows, told.num_logit_rows, prompt_rows, padding), bodies
 
 
 def alone(tokens: list[int], num_steps: int):
@@ -93,6 +102,31 @@ def test_each_replica_says_what_it_says_alone():
         assert_same(both[replica][first : first + count], alone(tokens, count))
     assert len(both[0][0].prompt_logprobs[0][2]) == 299
     assert len(both[1][0].ids) == len(both[0][3].ids) == 0
+
+
+@pytest.mark.parametrize("padding", [Padding.SUM_SLOTS, Padding.SUM_BUFFER])
+def test_uneven_rows_say_the_same_exchanged_in_either_way(padding):
+    layout = Layout(tp_size=2, dp_size=2, enable_dp_attention=True)
+
+    def body(rank, groups):
+        runner, ops = runner_of(groups, layout, rank), set()
+        record = groups.ledger.record
+
+        def noted(call):
+            if call.shape[-1] == runner._model.hidden_size:
+                ops.add(call.op)
+            record(call)
+
+        groups.ledger.record = noted
+        steps = list(steps_in(padding))
+        results = [runner.finish(runner.launch(told, b[rank], rank)) for told, b in steps]
+        return results, ops
+
+    both = run_thread_world(layout, body)
+    for replica, (first, tokens, count) in enumerate(((0, LONG, 3), (1, SHORT, 3))):
+        results, ops = both[replica]
+        assert_same(results[first : first + count], alone(tokens, count))
+        assert ("all_reduce" in ops) == (padding == Padding.SUM_BUFFER)
 
 
 def test_which_rows_are_tokens_is_uploaded_as_the_runner_does_it():

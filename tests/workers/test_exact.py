@@ -144,8 +144,12 @@ _EXPECTED: dict[tuple, torch.Tensor] = {}
 
 
 def steps_of(case: Case, row_multiple: int) -> Iterator[tuple[list[tuple[int, ...]], RowCounts]]:
-    """Steps with every pattern of lengths, padded in both ways."""
-    for pattern in LENGTHS:
+    """Steps with every pattern of lengths, padded in both ways.
+
+    Uneven rows are exchanged in the way that the cost model might choose and the rule does not,
+    and at last as the rule says.
+    """
+    for pattern, in_one_buffer in zip(LENGTHS, (True, False, None), strict=True):
         by_replica = [pattern[replica % 4] for replica in range(case.dp)]
         num_real = tuple(map(sum, by_replica))
         if not any(num_real):
@@ -155,7 +159,7 @@ def steps_of(case: Case, row_multiple: int) -> Iterator[tuple[list[tuple[int, ..
             for mode in ("max_len", "sum_len")
         ]
         for padded in dict.fromkeys(rows):
-            yield by_replica, RowCounts(num_real, padded, num_real)
+            yield by_replica, RowCounts(num_real, padded, num_real, (), in_one_buffer)
 
 
 def run_case(case: Case, numbers: tuple[int, ...]) -> int:

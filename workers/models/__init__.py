@@ -22,6 +22,7 @@ from workers.architectures import layers_of, read_model_config
 from workers.batch import ForwardBatch
 from workers.cache import RowShapes
 from workers.layers.build import Build
+from workers.layers.moe import MLP
 from workers.model_config import ModelConfig, check_split
 from workers.models.deepseek import build_deepseek_v2, build_deepseek_v3
 from workers.models.llama import build_llama
@@ -45,6 +46,7 @@ class Model(Protocol):
     """Query heads that this rank holds."""
     cache_shapes: RowShapes
     """What this rank keeps of a token in each layer."""
+    hidden_size: int
     vocab_size: int
     max_position_embeddings: int
     stop_token_ids: tuple[int, ...]
@@ -61,6 +63,11 @@ class Model(Protocol):
         With a head that spans replicas `num_logit_rows` says how many rows each of them has, and
         all ranks call this in the same step.
         """
+        ...
+
+    @property
+    def mlps(self) -> tuple[MLP, ...]:
+        """The second half of every layer, in order."""
         ...
 
     def expert_loads(self) -> dict[int, Tensor]:

@@ -88,6 +88,7 @@ class Decoder:
         """Query heads that this rank holds."""
         self.cache_shapes = layers[0].cache_shapes
         """What this rank keeps of a token in each layer: all are alike."""
+        self.hidden_size = config.hidden_size
         self.vocab_size = config.vocab_size
         self.max_position_embeddings = config.max_position_embeddings
         self.stop_token_ids = config.stop_token_ids
@@ -139,6 +140,11 @@ class Decoder:
         """float32 (R, vocab_size); with a head that spans replicas, all of them say how many."""
         return self._head.forward(hidden_RD, num_logit_rows)
 
+    @property
+    def mlps(self) -> tuple[MLP, ...]:
+        """The second half of every layer, in order."""
+        return tuple(layer.mlp for layer in self._layers)
+
     def expert_loads(self) -> dict[int, Tensor]:
         """For each sparse layer how often its experts were chosen by rows that came here."""
         mlps = {number: layer.mlp for number, layer in enumerate(self._layers)}
@@ -179,6 +185,7 @@ class Decoder:
             attn_tp=groups.attn_tp.size,
             part=groups.attn_dp.rank * num_parts + groups.attn_cp.rank,
             place=groups.attn_tp.rank,
+            in_one_buffer=counts.in_one_buffer,
             upload=upload,
         )
 
