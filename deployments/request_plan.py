@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
+from deployments.chat_template import ASIDE, Effort
 from deployments.errors import NotFound, RequestError
 from deployments.generations import GenerateSpec
 from deployments.response_format import grammar_of
@@ -112,12 +113,17 @@ def plan_chat(
     *,
     seed: int,
     salt: str = "",
+    effort: Effort = ASIDE,
 ) -> Plan:
-    """The generations of a chat's next message. `seed` is used if the request has none."""
+    """The generations of a chat's next message. `seed` is used if the request has none.
+
+    `TooMuchEffort` if its prompt takes more than `effort` to render.
+    """
     options = request.chat_template_kwargs
     ids = tokenizer.encode_chat(
         [_message(message, place) for place, message in enumerate(request.messages)],
         {} if options is None else msgspec.to_builtins(options),
+        effort,
     )
     _in_vocabulary(ids, "messages", limits)
     return _plan(

@@ -1,12 +1,13 @@
 """A request for tokens, from its body to its answer; and what all requests share.
 
-The body is parsed, planned (in a thread if it is long), handed to the driver and answered, as one
-body or as server-sent events. What is wrong before the first token has a status of its own; what
-goes wrong later is one `data: {"error": ...}` event, and no `[DONE]`. A client that leaves is
+The body is parsed, planned (in a thread if that takes long), handed to the driver and answered, as
+one body or as server-sent events. What is wrong before the first token has a status of its own;
+what goes wrong later is one `data: {"error": ...}` event, and no `[DONE]`. A client that leaves is
 noticed between any two tokens and its generations are cancelled at once.
 """
 
 import asyncio
+import contextlib
 import secrets
 import time
 from collections.abc import Callable, Iterable
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from deployments.answer import Answer
 from deployments.api_keys import Keys
+from deployments.chat_template import ASIDE, AT_ONCE, Effort, TooMuchEffort
 from deployments.driver_client import DriverClient
 from deployments.errors import EngineUnavailable
 from deployments.exchange import ClientGone, Exchange, encode_json, event_of, outcome_of
@@ -68,10 +70,13 @@ async def answer_chat(service: Service, exchange: Exchange, tenant: str) -> None
     await _generate(service, exchange, tenant, _plan_chat, "chatcmpl-")
 
 
-Planner = Callable[[Service, ModelLimits, bytes, str], Plan]
+Planner = Callable[[Service, ModelLimits, bytes, str, Effort], Plan]
 
 
-def _plan_completion(service: Service, limits: ModelLimits, data: bytes, tenant: str) -> Plan:
+def _plan_completion(
+    service: Service, limits: ModelLimits, data: bytes, tenant: str, effort: Effort
+) -> Plan:
+    """Without a template there is nothing but tokenizing, which the body's length bounds."""
     request = parse_completion(data)
     check_model(request.model, service.model)
     salt = _salt(tenant, request.cache_salt)
@@ -79,17 +84,29 @@ def _plan_completion(service: Service, limits: ModelLimits, data: bytes, tenant:
     return plan_completion(request, service.tokenizer, limits, seed=seed, salt=salt)
 
 
-def _plan_chat(service: Service, limits: ModelLimits, data: bytes, tenant: str) -> Plan:
+def _plan_chat(
+    service: Service, limits: ModelLimits, data: bytes, tenant: str, effort: Effort
+) -> Plan:
     request = parse_chat(data)
     check_model(request.model, service.model)
     salt = _salt(tenant, request.cache_salt)
     seed = secrets.randbits(63)
-    return plan_chat(request, service.tokenizer, limits, seed=seed, salt=salt)
+    return plan_chat(request, service.tokenizer, limits, seed=seed, salt=salt, effort=effort)
 
 
 def _salt(tenant: str, asked: str | None) -> str:
     """Holders of different keys never share cached prefixes, whatever salt they send."""
     return f"{tenant}/{asked or ''}" if tenant else asked or ""
+
+
+async def _plan(
+    planner: Planner, service: Service, limits: ModelLimits, data: bytes, tenant: str
+) -> Plan:
+    """At once if that is quick, else in a thread, so that no stream waits for it."""
+    if len(data) <= LONG_BODY_BYTES:
+        with contextlib.suppress(TooMuchEffort):
+            return planner(service, limits, data, tenant, AT_ONCE)
+    return await asyncio.to_thread(planner, service, limits, data, tenant, ASIDE)
 
 
 async def _generate(
@@ -102,10 +119,7 @@ async def _generate(
     try:
         data = await exchange.body()
         limits = service.limits()
-        if len(data) > LONG_BODY_BYTES:
-            plan = await asyncio.to_thread(planner, service, limits, data, tenant)
-        else:
-            plan = planner(service, limits, data, tenant)
+        plan = await _plan(planner, service, limits, data, tenant)
         num_refused = len(plan.specs)
         generations = client.generate(plan.specs, began=began)
     except Exception as error:

@@ -1,9 +1,8 @@
 """Text to token ids and back, for one checkpoint folder.
 
-`ChatTokenizer` encodes prompts and renders the checkpoint's own chat template; `Detokenizer` turns
-one request's ids into text as they come; `StopMatcher` finds stop strings in that text. Templates
-come from the checkpoint only, never from a client, and run in jinja2's sandbox with a bound on
-what they may write. Nothing here knows of HTTP, the driver or torch.
+`ChatTokenizer` encodes prompts, chats by the checkpoint's own template
+(`deployments.chat_template`); `Detokenizer` turns one request's ids into text as they come;
+`StopMatcher` finds stop strings in that text. Nothing here knows of HTTP, the driver or torch.
 
     >>> matcher = StopMatcher(("END",))
     >>> matcher.feed("one E"), matcher.feed("N"), matcher.feed("D two"), matcher.stopped
@@ -12,130 +11,14 @@ what they may write. Nothing here knows of HTTP, the driver or torch.
 
 import codecs
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-import jinja2.sandbox
 from tokenizers import Tokenizer
 
+from deployments.chat_template import ASIDE, ChatTemplate, Effort, read_template
 from deployments.errors import RequestError
-
-MAX_RENDERED_CHARS = 16 * 2**20
-"""Most characters a chat template may write; four times the largest body."""
-
-
-class TemplateRefused(jinja2.TemplateError):
-    """The template called `raise_exception`; its author wrote the sentence."""
-
-
-class _Generation(jinja2.ext.Extension):
-    """`{% generation %}` marks answers for training; serving prints what is inside."""
-
-    tags = {"generation"}  # noqa: RUF012 - jinja2 reads it from the class
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _raise_exception(message: object) -> None:
-    raise TemplateRefused(str(message))
-
-
-def _strftime_now(pattern: str) -> str:
-    return datetime.now().strftime(pattern)
-
-
-def _tojson(
-    value: object,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Plain JSON, as templates expect: jinja2's own filter escapes for HTML."""
-    return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
-    )
-
-
-def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True,
-        lstrip_blocks=True,
-        extensions=[_Generation, "jinja2.ext.loopcontrols"],
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
-    return environment
-
-
-class ChatTemplate:
-    """A checkpoint's chat template, compiled once."""
-
-    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
-        self._template = _environment().from_string(source)
-        self._special_tokens = dict(special_tokens)
-
-    def render(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        options: Mapping[str, Any],
-        max_chars: int = MAX_RENDERED_CHARS,
-    ) -> str:
-        """The prompt for an answer to `messages`; a `RequestError` if the template refuses them."""
-        variables = {
-            **self._special_tokens,
-            "messages": messages,
-            "tools": None,
-            "documents": None,
-            "add_generation_prompt": True,
-            **options,
-        }
-        try:
-            return _bounded(self._template.generate(variables), max_chars)
-        except TemplateRefused as refused:
-            sentence = "".join(c for c in str(refused) if c.isprintable())[:200]
-            raise RequestError(
-                f"The model's chat template refused the messages: {sentence}", param="messages"
-            ) from None
-        except (
-            jinja2.TemplateError,
-            ArithmeticError,
-            AttributeError,
-            LookupError,
-            TypeError,
-            ValueError,
-        ):
-            raise RequestError(
-                "The model's chat template cannot render these messages.", param="messages"
-            ) from None
-
-
-def _bounded(pieces: Iterable[str], max_chars: int) -> str:
-    written: list[str] = []
-    room = max_chars
-    for piece in pieces:
-        room -= len(piece)
-        if room < 0:
-            raise RequestError(
-                f"The messages render to more than {max_chars} characters: send fewer.",
-                param="messages",
-                code="context_length_exceeded",
-            )
-        written.append(piece)
-    return "".join(written)
 
 
 def _byte_letters() -> dict[str, int]:
@@ -276,21 +159,27 @@ class ChatTokenizer:
             raise ValueError(
                 f"{folder} has no tokenizer.json: save the model's fast tokenizer there"
             )
-        return cls(Tokenizer.from_file(str(path)), _read_template(folder))
+        return cls(Tokenizer.from_file(str(path)), read_template(folder))
 
     def encode(self, text: str) -> list[int]:
         """A plain prompt, with what the tokenizer puts before one (a BOS token, if any)."""
         return self._tokenizer.encode(text).ids
 
     def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        options: Mapping[str, Any],
+        effort: Effort = ASIDE,
     ) -> list[int]:
-        """The prompt of a chat; the template writes its own special tokens."""
+        """The prompt of a chat; the template writes its own special tokens.
+
+        `TooMuchEffort` if rendering it takes more than `effort`.
+        """
         if self._template is None:
             raise RequestError(
                 "This model has no chat template: use /v1/completions.", param="messages"
             )
-        text = self._template.render(messages, options)
+        text = self._template.render(messages, options, effort)
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -306,34 +195,3 @@ class ChatTokenizer:
             return spelt.decode()
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelt)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def _read_template(folder: Path) -> ChatTemplate | None:
-    config = _read_json(folder / "tokenizer_config.json")
-    special = _read_json(folder / "special_tokens_map.json") | config
-    beside = folder / "chat_template.jinja"
-    written = config.get("chat_template")
-    source = beside.read_text(encoding="utf-8") if beside.is_file() else _default_template(written)
-    if source is None:
-        return None
-    names = ("bos_token", "eos_token", "unk_token", "pad_token")
-    return ChatTemplate(source, {name: _content(special.get(name)) for name in names})
-
-
-def _default_template(written: object) -> str | None:
-    """A template, or a list of named ones of which `default` is meant."""
-    if isinstance(written, list):
-        named = {entry.get("name"): entry.get("template") for entry in written}
-        written = named.get("default")
-    return written if isinstance(written, str) else None
-
-
-def _content(token: object) -> str:
-    """A special token is written as a string or as an object with its `content`."""
-    if isinstance(token, dict):
-        token = token.get("content")
-    return token if isinstance(token, str) else ""

@@ -40,7 +40,8 @@ class Front:
         self.client = DriverClient(
             driver.locate, name="ingress", node_id="node", resume_wait_s=resume_wait_s
         )
-        self.service = Service(self.client, chat_tokenizer(), model=MODEL, **settings)
+        tokenizer = settings.pop("tokenizer", None) or chat_tokenizer()
+        self.service = Service(self.client, tokenizer, model=MODEL, **settings)
         listener = socket.socket()
         listener.bind(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"

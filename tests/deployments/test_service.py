@@ -1,5 +1,6 @@
 """Requests for tokens over HTTP: answers, streams, clients and engines that leave."""
 
+import itertools
 import json
 import socket
 import tempfile
@@ -7,11 +8,15 @@ import threading
 import time
 from pathlib import Path
 
+import httpx
 import openai
 import pytest
 
+from deployments import service
+from deployments.chat_template import ASIDE, ChatTemplate, Effort
 from deployments.messages import Cancel, Finish, IngressBeat, Submit
-from tests.deployments.fakes import EOS, FakeDriver, counting
+from deployments.tokenizer import ChatTokenizer
+from tests.deployments.fakes import EOS, FakeDriver, byte_tokenizer, counting
 from tests.deployments.front import (
     ENDPOINTS,
     MODEL,
@@ -187,6 +192,37 @@ def test_refused_requests_are_counted_by_generation(front):
 
     wait_for(is_told)
     assert all(beat.is_balanced for beat in front.driver.of(IngressBeat))
+
+
+SPINS = """{% for m in messages %}{% if m.content == "spin" %}{% for a in range(99999) %}
+{% for b in range(99999) %}{% endfor %}{% endfor %}{% endif %}{{ m.content }}{% endfor %}"""
+
+
+def test_a_template_that_spins_holds_up_nobody_else(monkeypatch):
+    """A token comes every 5 ms; on the event loop the template would hold them up for 2 s."""
+    monkeypatch.setattr(service, "ASIDE", Effort(2.0, ASIDE.num_chars))
+    tokenizer = ChatTokenizer(byte_tokenizer(), ChatTemplate(SPINS, {}))
+    with running(tokenizer=tokenizer) as front:
+        front.driver.step_s = 0.005
+        refused, came = [], []
+
+        def spin():
+            body = body_for(ENDPOINTS[1], messages=[{"role": "user", "content": "spin"}])
+            refused.append(httpx.post(front.url + ENDPOINTS[1], json=body, timeout=20))
+
+        spins = threading.Thread(target=spin)
+        body = body_for(ENDPOINTS[1], max_tokens=490, stream=True)
+        with front.http.stream("POST", ENDPOINTS[1], json=body) as stream:
+            for _ in stream.iter_lines():
+                if not came:
+                    spins.start()
+                came.append(time.monotonic())
+                if refused:
+                    break
+        spins.join()
+    error = check_error(refused[0], 400, param="messages", code="template_timeout")
+    assert error["message"].startswith("The model's chat template takes more than 2 s for these")
+    assert max(b - a for a, b in itertools.pairwise(came)) < 1.5
 
 
 # Clients that leave.

@@ -1,5 +1,4 @@
 import json
-from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -9,8 +8,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
 import workers.bundled
 from deployments.errors import RequestError
-from deployments.tokenizer import ChatTemplate, ChatTokenizer, Detokenizer, StopMatcher, TokenBytes
-from tests.deployments.fakes import TEMPLATE, byte_tokenizer, chat_tokenizer
+from deployments.tokenizer import ChatTokenizer, Detokenizer, StopMatcher, TokenBytes
+from tests.deployments.fakes import byte_tokenizer, chat_tokenizer
 
 TOKENIZER = byte_tokenizer()
 TOKEN_BYTES = TokenBytes(TOKENIZER)
@@ -19,10 +18,6 @@ TOKEN_BYTES = TokenBytes(TOKENIZER)
 def streamed(ids, token_bytes=TOKEN_BYTES):
     detokenizer = Detokenizer(token_bytes)
     return [*(detokenizer.feed(i) for i in ids), detokenizer.finish()]
-
-
-def render(source, messages=(), **options):
-    return ChatTemplate(source, {"eos_token": "</s>"}).render(list(messages), options)
 
 
 @given(st.text())
@@ -150,60 +145,6 @@ def test_a_chat_is_rendered_and_encoded():
     tokenizer = chat_tokenizer()
     ids = tokenizer.encode_chat([{"role": "user", "content": "hé"}], {})
     assert ids == [257, *"user: hé\n".encode(), 257, *b"assistant: "]
-
-
-def test_blocks_leave_no_blank_lines():
-    assert render("{% if true %}\n  a\n  {% endif %}\nb") == "  a\nb"
-
-
-def test_options_reach_the_template():
-    assert render("{{ enable_thinking }}", enable_thinking=False) == "False"
-
-
-def test_what_templates_expect_is_there():
-    assert render("{{ eos_token }}{{ strftime_now('%Y') }}") == f"</s>{datetime.now().year}"
-    assert render('{{ {"a": "<é>"} | tojson }}') == '{"a": "<é>"}'
-    assert (
-        render("{% for i in range(9) %}{% if i > 1 %}{% break %}{% endif %}{{ i }}{% endfor %}")
-        == "01"
-    )
-    assert render("{% generation %}x{% endgeneration %}") == "x"
-    assert render("{{ tools is none }}{{ add_generation_prompt }}") == "TrueTrue"
-
-
-def test_a_template_may_refuse_in_its_own_words():
-    with pytest.raises(RequestError, match="refused the messages: roles must alternate") as caught:
-        render("{{ raise_exception('roles must alternate') }}")
-    assert caught.value.param == "messages"
-
-
-@pytest.mark.parametrize(
-    "source",
-    [
-        "{{ ''.__class__.__mro__ }}",
-        "{{ messages.append(1) }}",
-        "{{ cycler.__init__.__globals__.os.system('true') }}",
-        "{{ range(10000000) | list }}",
-        "{{ 1 / 0 }}",
-        "{{ missing.field.field }}",
-        "{% include 'other' %}",
-        "{{ 'a' + 1 }}",
-    ],
-)
-def test_what_a_template_must_not_do_is_refused(source):
-    with pytest.raises(RequestError, match="cannot render these messages"):
-        render(source)
-
-
-def test_what_a_template_may_write_is_bounded():
-    template = ChatTemplate("{% for i in range(90000) %}{{ 'x' * 1000 }}{% endfor %}", {})
-    with pytest.raises(RequestError, match="more than 5000 characters"):
-        template.render([], {}, max_chars=5000)
-
-
-def test_content_is_data_and_not_template():
-    messages = [{"role": "user", "content": "{{ 7 * 7 }}{% raw %}"}]
-    assert "{{ 7 * 7 }}{% raw %}" in render(TEMPLATE, messages)
 
 
 # Checkpoint folders.
