@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 
 import zmq
 
@@ -71,10 +72,9 @@ class EngineClient:
             raise RuntimeError(f"{len(times)} of {max_tokens} tokens came within {TIMEOUT_S:g} s")
         return times
 
-    def tpot(self, prompt: Sequence[int], num_tokens: int) -> float:
-        """Mean seconds a token, without the first."""
-        times = self.ask(prompt, num_tokens)
-        return (times[-1] - times[0]) / (num_tokens - 1)
+    def gaps(self, prompt: Sequence[int], num_tokens: int) -> list[float]:
+        """Seconds from each token to the next; their mean is the time per output token."""
+        return [after - before for before, after in pairwise(self.ask(prompt, num_tokens))]
 
     def _send(self, message: Submit | IngressBeat) -> None:
         self._socket.send(encode(message))

@@ -57,10 +57,12 @@ def test_a_client_of_the_engine_has_a_time_for_every_token():
         client = EngineClient(llm.engine.info())
         try:
             times = client.ask([5, 6, 7], 12)
-            assert client.tpot([5, 6, 7], 4) >= 0
+            gaps = client.gaps([5, 6, 7], 4)
         finally:
             client.close()
     assert len(times) == 12
+    assert len(gaps) == 3
+    assert min(gaps) >= 0
     assert times == sorted(times)
     assert times[0] > 0
 
@@ -87,16 +89,16 @@ def test_cpu_time_is_that_of_descendants_with_the_name():
 def test_pairs_take_turns_at_being_first():
     said = []
 
-    def side(name, value):
+    def side(name, gaps):
         def measure():
             said.append(name)
-            return value
+            return gaps
 
         return measure
 
-    local, remote = bench_fleets.paired(side("local", 1.0), side("ray", 2.0), 3)
+    local, remote = bench_fleets.paired(side("local", [1.0, 3.0]), side("ray", [2.0]), 3)
     assert said == ["local", "ray", "ray", "local", "local", "ray"]
-    assert (local, remote) == ([1.0] * 3, [2.0] * 3)
+    assert (local, remote) == ([[1.0, 3.0]] * 3, [[2.0]] * 3)
 
 
 @pytest.mark.parametrize(
@@ -104,9 +106,18 @@ def test_pairs_take_turns_at_being_first():
     [([1.0, 1.001, 1.002], True), ([1.0, 1.03, 0.97], False), ([1.02, 1.02, 1.021], False)],
 )
 def test_an_interval_is_inside_one_per_cent_or_not(remote, is_inside):
-    told = bench_fleets.summary([1.0] * 3, remote, 30, 0)
+    told = bench_fleets.summary([[1e-3]] * 3, [[gap / 1e3] for gap in remote], 0)
     assert told["inside_1_percent"] == is_inside
     assert told["low"] <= told["ratio"] <= told["high"]
+    assert told["local_tpot_ms"] == 1.0
+
+
+def test_a_stall_moves_the_mean_and_not_the_median_gap():
+    calm, stalled = [[1.0] * 20] * 3, [[1.0] * 19 + [100.0], [1.0] * 20, [1.0] * 20]
+    told = bench_fleets.summary(calm, stalled, 0)
+    assert told["ratio"] > 1.5
+    assert (told["gap_ratio"], told["gap_low"], told["gap_high"]) == (1.0, 1.0, 1.0)
+    assert told["tokens"] == 6 * 21
 
 
 @pytest.mark.slow
