@@ -39,8 +39,9 @@ from parallel.groups import build_groups, connect_torch
 from parallel.padding import Padded, PaddingMode, pad_rows, slots_move_less
 from parallel.padding_cost import MODES, PaddingCosts, PaddingCurves, pad_by_cost, slowest
 from tests.bench.results import ratio_interval
+from tests.headers import header_of
 from workers.config import EngineConfig, rank_environment
-from workers.protocol import Admit, Body, Header, Mode, Sampling, pack
+from workers.protocol import Admit, Body, Mode, Sampling, pack
 from workers.runner import ModelRunner
 
 PAGE = 16
@@ -97,8 +98,8 @@ class Steps:
         self._taken = len(lengths)
         logit_rows = tuple(min(n, 1) if vector.has_prompts else n for n in vector.rows)
         padding = PADDING[padded.mode]
-        header = Header(
-            1, 0, Mode.EXTEND, vector.rows, logit_rows, padding, padded.rows, 0, (), b""
+        header = header_of(
+            vector.rows, logit_rows, padded_rows=padded.rows, mode=Mode.EXTEND, padding=padding
         )
         dist.barrier()
         began = time.perf_counter()

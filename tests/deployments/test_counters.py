@@ -9,23 +9,15 @@ from deployments.counters import Counters
 from deployments.domain import StepDone
 from deployments.gang import Cause
 from parallel.layout import Layout
-from workers.protocol import Ack, Header, Mode, Padding
+from tests.headers import header_of
+from workers.protocol import Ack, Mode, Padding
 
 PATHS = ("attn_tp", "all_reduce", "symmetric", ""), ("tp", "all_gather", "fallback", "sizes")
 
 
 def header(num_rows, padded_rows, epoch=1):
-    return Header(
-        epoch=epoch,
-        step=0,
-        mode=Mode.DECODE,
-        num_rows=num_rows,
-        num_logit_rows=num_rows,
-        padding=Padding.MAX_LEN,
-        padded_rows=padded_rows,
-        bucket=0,
-        bodies=(b"",) * len(num_rows),
-        previous=b"",
+    return header_of(
+        num_rows, padded_rows=padded_rows, epoch=epoch, mode=Mode.DECODE, padding=Padding.MAX_LEN
     )
 
 

@@ -8,7 +8,8 @@ from deployments.outbox import outbox_of
 from deployments.requests import Finish, Request
 from deployments.scheduler import Chunk, Plan
 from parallel.layout import Layout
-from workers.protocol import Ack, Body, Header, TokenLogprobs
+from tests.headers import header_of
+from workers.protocol import Ack, Body, TokenLogprobs
 
 A, B = b"ingress a", b"ingress b"
 LAYOUT = Layout(tp_size=2, dp_size=1)
@@ -28,19 +29,7 @@ def chunk_of(one, slot=0):
 
 def done(decodes, chunks, accepted, acks=()):
     plan = Plan(4, Body(), decodes, chunks)
-    num_rows = (len(accepted),)
-    header = Header(
-        epoch=3,
-        step=4,
-        mode=0,
-        num_rows=num_rows,
-        num_logit_rows=num_rows,
-        padding=0,
-        padded_rows=num_rows,
-        bucket=0,
-        bodies=(b"",),
-        previous=b"",
-    )
+    header = header_of((len(accepted),), epoch=3, step=4)
     return StepDone(4, [plan], [accepted], {ack.rank: ack for ack in acks}, 0, header, 0, 0.0)
 
 

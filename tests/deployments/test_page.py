@@ -28,8 +28,9 @@ from deployments.scheduler import Scheduler
 from deployments.viewpoint import MAX_SAMPLES, MAX_STEPS, WATCH_S, Viewpoint
 from deployments.watching import EngineWatch
 from tests.deployments.front import check_error, running, wait_for
+from tests.headers import header_of
 from workers.config import EngineConfig
-from workers.protocol import Ack, Header, Hello, encode
+from workers.protocol import Ack, Hello, Mode, Padding, encode
 
 CONFIG = EngineConfig(tp_size=4, dp_size=2, enable_dp_attention=True, device="cpu")
 
@@ -43,7 +44,9 @@ def scheduler():
 
 
 def step(number, *, rows=(3, 0), padded=(4, 4), seconds=(0.1, 0.2, 0.3, 0.4)):
-    header = Header(1, number, 1, rows, rows, 1, padded, 0, (b"", b""), b"")
+    header = header_of(
+        rows, padded_rows=padded, step=number, mode=Mode.DECODE, padding=Padding.MAX_LEN
+    )
     acks = {
         rank: Ack(1, rank, number, b"", b"", b"", took, logprobs=())
         for rank, took in enumerate(seconds)

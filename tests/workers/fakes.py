@@ -10,6 +10,7 @@ import zmq
 
 from deployments.worker_link import WorkerLink
 from parallel.collectives import all_reduce
+from tests.headers import header_of
 from workers.protocol import (
     MESSAGE,
     STEP,
@@ -17,10 +18,8 @@ from workers.protocol import (
     Beat,
     Body,
     Failed,
-    Header,
     Hello,
     Mode,
-    Padding,
     Ready,
     Serve,
     Start,
@@ -127,15 +126,11 @@ class TinyDriver:
 
     def plan(self, domain=0, **changed):
         body = encode(Body())
-        header = Header(
+        header = header_of(
+            (NUM_ROWS,),
             epoch=self.epoch,
             step=self.step[domain],
             mode=Mode.DECODE,
-            num_rows=(NUM_ROWS,),
-            num_logit_rows=(NUM_ROWS,),
-            padding=Padding.NONE,
-            padded_rows=(NUM_ROWS,),
-            bucket=0,
             bodies=(digest(body),),
             previous=self.previous[domain],
         )

@@ -11,6 +11,7 @@ from random import Random
 from typing import NamedTuple
 
 from parallel.padding import align_rows, choose_bucket
+from tests.headers import header_of
 from workers.protocol import Admit, Body, Header, Sampling, pack
 
 GREEDY = Sampling(temperature=0.0)
@@ -49,10 +50,10 @@ class Planned(NamedTuple):
 
     def header(self, step: int = 0, buckets: Sequence[int] = ()) -> Header:
         """As a driver of one replica would say it, with these graphs."""
-        return header_of([self], step, buckets)
+        return planned_header([self], step, buckets)
 
 
-def header_of(
+def planned_header(
     plans: Sequence[Planned],
     step: int = 0,
     buckets: Sequence[int] = (),
@@ -64,7 +65,7 @@ def header_of(
     bucket = 0 if has_prompts else choose_bucket(num_rows, buckets)
     padded = (bucket,) * len(plans) if bucket else align_rows(num_rows, row_multiple)
     num_logit_rows = tuple(len(plan.logit_rows) for plan in plans)
-    return Header(1, step, 3, num_rows, num_logit_rows, 0, padded, bucket, (), b"")
+    return header_of(num_rows, num_logit_rows, padded_rows=padded, bucket=bucket, step=step)
 
 
 class RandomDriver:

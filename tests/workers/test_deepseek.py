@@ -8,12 +8,13 @@ from safetensors.torch import load_file, save_file
 
 from parallel.groups import single_rank_groups
 from parallel.layout import Layout
+from tests.headers import header_of
 from tests.workers.reference import expected_logits, load, save_tiny
 from tests.workers.test_models import GROUPS, INDEX, LATENT, SHARP_YARN
 from workers.config import EngineConfig
 from workers.errors import BadCheckpoint, BadModelConfig
 from workers.models import read_model_config
-from workers.protocol import Admit, Body, Header, Sampling, pack
+from workers.protocol import Admit, Body, Sampling, pack
 from workers.runner import ModelRunner
 
 FAMILIES = {
@@ -40,9 +41,7 @@ def new_runner(folder, use_kernels: bool = False) -> ModelRunner:
 
 
 def step(runner: ModelRunner, body: Body, num_rows: int, num_logit_rows: int):
-    header = Header(
-        1, 0, 3, (num_rows,), (num_logit_rows,), 0, (num_rows,), 0, (len(PROMPTS),), b""
-    )
+    header = header_of((num_rows,), (num_logit_rows,))
     return runner.finish(runner.launch(header, body, 0))
 
 

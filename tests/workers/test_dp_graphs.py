@@ -18,7 +18,7 @@ import torch
 from parallel.groups import single_rank_groups
 from parallel.padding import buckets_up_to
 from parallel.thread_world import run_thread_world
-from tests.workers.random_driver import RandomDriver, Request, header_of
+from tests.workers.random_driver import RandomDriver, Request, planned_header
 from workers.architectures import plan_of
 from workers.config import EngineConfig
 from workers.layers.attention import SelfAttention
@@ -130,7 +130,7 @@ def run_replicas(settings, *, chaos: float):
             if all(driver.is_done for driver in drivers):
                 break
             plans = [driver.plan() for driver in drivers]
-            header = header_of(plans, number, runner.buckets, runner._row_multiple)
+            header = planned_header(plans, number, runner.buckets, runner._row_multiple)
             mine = plans[replica]
             result = runner.finish(runner.launch(header, mine.body, replica))
             told = tell(groups, header, replica, result.ids)
@@ -210,11 +210,8 @@ def test_ranks_replay_the_collectives_that_they_captured():
         graphs = runner._steps._graphs
         found = []
         for bucket in runner.buckets:
-            counts = (bucket, 0)
-            rows = (0,) * len(counts)
-            header = Header(1, 0, 1, rows, rows, 2, (bucket, bucket), bucket, (), b"")
             groups.ledger.cut()
-            graphs.launch(runner._steps._state.apply(Body()), bucket, header.num_rows)
+            graphs.launch(runner._steps._state.apply(Body()), bucket, (0, 0))
             found.append(groups.ledger.cut() == graphs._graphs[bucket].calls != ())
         return found, runner.captured
 
@@ -237,7 +234,7 @@ def test_a_masked_replica_replays_with_the_others():
         driver = RandomDriver([request], Random(0), chaos=0.0, **DRIVER)
         for number in range(3):
             plan = driver.plan()
-            header = header_of([plan, plan], number, runner.buckets)
+            header = planned_header([plan, plan], number, runner.buckets)
             masked = rank == 0 and number == 1
             sent = plan.body
             if masked:
@@ -280,7 +277,7 @@ def test_a_lone_decode_launches_one_row_if_attention_gathers_inside(inside, laun
         driver = RandomDriver([request], Random(0), chaos=0.0, **one)
         for number in range(2):
             plan = driver.plan()
-            header = header_of([plan], number, runner.buckets, row_multiple)
+            header = planned_header([plan], number, runner.buckets, row_multiple)
             seen.clear()
             driver.feed(plan, runner.finish(runner.launch(header, plan.body, 0)).ids.tolist())
             groups.tp.transport.all_reduce(torch.zeros(1))  # nobody clears what others have seen

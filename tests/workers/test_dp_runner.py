@@ -6,6 +6,7 @@ import torch
 from parallel.groups import single_rank_groups
 from parallel.layout import Layout
 from parallel.thread_world import run_thread_world
+from tests.headers import header_of
 from workers.batch import ProtocolError
 from workers.config import EngineConfig
 from workers.protocol import Admit, Body, Header, Padding, Sampling, pack
@@ -30,8 +31,8 @@ def entering(tokens: list[int], sampling: Sampling = WANTED) -> Body:
 
 
 def header(num_rows, padded, num_logit_rows, num_prompt_rows=(), padding=Padding.SUM_LEN) -> Header:
-    return Header(
-        1, 0, 3, num_rows, num_logit_rows, padding, padded, 0, (), b"",
+    return header_of(
+        num_rows, num_logit_rows, padded_rows=padded, padding=padding,
         num_prompt_rows=num_prompt_rows,
     )  # fmt: skip
 

@@ -7,6 +7,7 @@ import torch
 from parallel.groups import single_rank_groups
 from parallel.layout import Layout
 from parallel.padding import choose_bucket
+from tests.headers import header_of
 from tests.workers.reference import SEQUENCES, expected_logits, save_tiny
 from tests.workers.test_models import GROUPS, INDEX, LATENT
 from workers.config import EngineConfig
@@ -45,7 +46,7 @@ def new_runner(folder, device: str, use_kernels=None, **changes) -> ModelRunner:
 
 
 def header(num_rows: int, num_logit_rows: int) -> Header:
-    return Header(1, 0, 3, (num_rows,), (num_logit_rows,), 0, (num_rows,), 0, (), b"")
+    return header_of((num_rows,), (num_logit_rows,))
 
 
 def decoding(runner: ModelRunner, num_rows: int) -> Header:

@@ -8,12 +8,13 @@ import torch
 
 from parallel.groups import single_rank_groups
 from parallel.layout import Layout
+from tests.headers import header_of
 from tests.workers import test_gpu
 from tests.workers.random_driver import RandomDriver, Request
 from tests.workers.test_runner import ChecksumModel, entering, header, next_token, some_requests
 from workers.batch import ProtocolError
 from workers.config import EngineConfig
-from workers.protocol import Body, Header, Sampling, pack
+from workers.protocol import Body, Header, Mode, Sampling, pack
 from workers.runner import ModelRunner
 
 NUM_PAGES = 14
@@ -85,7 +86,7 @@ def test_sampled_streams_equal_those_without_kernels(seed):
 
 
 def decoding(num_rows: int, bucket: int) -> Header:
-    return Header(1, 0, 1, (num_rows,), (num_rows,), 0, (bucket,), bucket, (), b"")
+    return header_of((num_rows,), bucket=bucket, mode=Mode.DECODE)
 
 
 def test_steps_overlap_and_keep_their_own_tokens():

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from parallel.groups import single_rank_groups
 from parallel.layout import Layout
+from tests.headers import header_of
 from tests.workers.random_driver import Planned, RandomDriver, Request
 from workers.batch import ForwardBatch, ProtocolError
 from workers.config import EngineConfig
@@ -109,7 +110,7 @@ def step(runner: ModelRunner, planned: Planned) -> StepResult:
 
 
 def header(num_rows: int, num_logit_rows: int) -> Header:
-    return Header(1, 0, 3, (num_rows,), (num_logit_rows,), 0, (num_rows,), 0, (), b"")
+    return header_of((num_rows,), (num_logit_rows,))
 
 
 def run_body(runner: ModelRunner, body: Body, num_rows: int, num_logit_rows: int) -> StepResult:

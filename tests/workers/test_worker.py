@@ -10,6 +10,7 @@ import zmq
 
 from deployments.sockets import IpcFolder
 from deployments.worker_link import WorkerLink
+from tests.headers import header_of
 from tests.workers.fakes import FAKE_RUNNER, FakeRunner, TinyDriver
 from workers import worker
 from workers.config import EngineConfig, Failpoint
@@ -23,9 +24,9 @@ from workers.protocol import (
     Beat,
     Body,
     Failed,
-    Header,
     Hello,
     Mask,
+    Mode,
     Ready,
     Start,
     digest,
@@ -93,7 +94,9 @@ def run(link):
 
 def plan(step, previous=b"", epoch=1):
     body = encode(Body())
-    header = Header(epoch, step, 1, (1,), (1,), 0, (1,), 0, (digest(body),), previous)
+    header = header_of(
+        (1,), epoch=epoch, step=step, mode=Mode.DECODE, bodies=(digest(body),), previous=previous
+    )
     return encode(header), body
 
 
