@@ -19,13 +19,32 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from kernels.fp8 import E4M3, NO_SCALES, Scales, bits_of, from_e4m3, to_e4m3
+
 MASK_ELEMENTS = 2**22
 """A chunk's mask is cut into blocks of rows no larger than this."""
 
 
-def store_kv(rows_XGD: Tensor, kv_rows_T: Tensor, x_TGD: Tensor) -> None:
-    """Write keys (or values) of T rows to their places among the cache's P * S tokens."""
-    rows_XGD.index_copy_(0, kv_rows_T, x_TGD)
+def store_kv(
+    rows_XGD: Tensor, kv_rows_T: Tensor, x_TGD: Tensor, scale: float | None = None
+) -> None:
+    """Write keys (or values) of T rows to their places among the cache's P * S tokens.
+
+    `scale` is given if, and only if, the cache keeps e4m3 (`kernels.fp8`).
+    """
+    if scale is not None:
+        x_TGD = to_e4m3(x_TGD, scale)
+    bits_of(rows_XGD).index_copy_(0, kv_rows_T, bits_of(x_TGD))
+
+
+def gather_kv(
+    pages_PSGD: Tensor, pages_N: Tensor, scale: float | None, dtype: torch.dtype
+) -> Tensor:
+    """Keys (or values) of some pages, copied (N, S, G, D), as they are computed with."""
+    if scale is None:
+        return pages_PSGD.index_select(0, pages_N)
+    stored = bits_of(pages_PSGD).index_select(0, pages_N).view(E4M3)
+    return from_e4m3(stored, scale, dtype)
 
 
 def decode_mask(
@@ -49,6 +68,7 @@ def decode_attention(
     length: int,
     mask_B11L: Tensor | None,
     scale: float,
+    scales: Scales = NO_SCALES,
 ) -> Tensor:
     """One row each of B sequences, padded to `length` tokens; (B, H, D).
 
@@ -58,8 +78,10 @@ def decode_attention(
     num_seqs, num_heads, head_dim = q_BHD.shape
     num_kv_heads = keys_PSGD.shape[2]
     shape = (num_seqs, -1, num_kv_heads, head_dim)
-    k_BLGD = keys_PSGD.index_select(0, pages_BN).view(shape)[:, :length]
-    v_BLGD = values_PSGD.index_select(0, pages_BN).view(shape)[:, :length]
+    key_scale, value_scale = scales
+    k_NSGD = gather_kv(keys_PSGD, pages_BN, key_scale, q_BHD.dtype)
+    v_NSGD = gather_kv(values_PSGD, pages_BN, value_scale, q_BHD.dtype)
+    k_BLGD, v_BLGD = k_NSGD.view(shape)[:, :length], v_NSGD.view(shape)[:, :length]
     out = scaled_dot_product_attention(
         q_BHD.reshape(num_seqs, num_kv_heads, num_heads // num_kv_heads, head_dim),
         k_BLGD.transpose(1, 2),
@@ -79,12 +101,16 @@ def chunk_attention(
     start: int,
     scale: float,
     sliding_window: int | None,
+    scales: Scales = NO_SCALES,
 ) -> Tensor:
     """Tokens `start` to `start + T` of one sequence over all its tokens before them; (T, H, D)."""
     num_rows = q_THD.shape[0]
     length = start + num_rows
-    k_GLD = keys_PSGD.index_select(0, pages_N).flatten(0, 1)[:length].transpose(0, 1)
-    v_GLD = values_PSGD.index_select(0, pages_N).flatten(0, 1)[:length].transpose(0, 1)
+    key_scale, value_scale = scales
+    k_NSGD = gather_kv(keys_PSGD, pages_N, key_scale, q_THD.dtype)
+    v_NSGD = gather_kv(values_PSGD, pages_N, value_scale, q_THD.dtype)
+    k_GLD = k_NSGD.flatten(0, 1)[:length].transpose(0, 1)
+    v_GLD = v_NSGD.flatten(0, 1)[:length].transpose(0, 1)
     q_HTD = q_THD.transpose(0, 1)
     if start == 0 and (sliding_window is None or sliding_window >= length):
         out = scaled_dot_product_attention(

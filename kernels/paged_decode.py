@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.fp8 import NO_SCALES, Scales, refuse_other_scales
 from kernels.launch import begin, has_pdl, refuse_unless
 
 BLOCK_TOKENS = 64
@@ -146,6 +147,7 @@ def _decode_kernel(
     weight_ptr,
     counter_ptr,
     scale_log2,
+    value_scale,
     window,
     table_stride,
     num_kv_heads,
@@ -192,18 +194,20 @@ def _decode_kernel(
         rows = (pages * PAGE + tokens % PAGE) * token_stride + kv_head * head_dim
         offsets = rows[:, None] + dims[None, :]
         inside = seen[:, None] & in_head[None, :]
-        keys = tl.load(keys_ptr + offsets, mask=inside, other=0.0)
+        keys = tl.load(keys_ptr + offsets, mask=inside, other=0.0).to(q.dtype)
         scores = tl.dot(q, tl.trans(keys), input_precision=PRECISION) * scale_log2
         scores = tl.where(seen[None, :], scores, float("-inf"))
         new_highest = tl.maximum(highest, tl.max(scores, axis=1))
         weights = tl.exp2(scores - new_highest[:, None])
         shrink = tl.exp2(highest - new_highest)
-        values = tl.load(values_ptr + offsets, mask=inside, other=0.0)
+        values = tl.load(values_ptr + offsets, mask=inside, other=0.0).to(q.dtype)
         total = total * shrink + tl.sum(weights, axis=1)
         out = out * shrink[:, None]
         out = tl.dot(weights.to(values.dtype), values, out, input_precision=PRECISION)
         highest = new_highest
     out = out / total[:, None]
+    if value_scale is not None:
+        out *= value_scale
     if num_parts == 1:
         tl.store(out_ptr + q_offsets, out, mask=inside_q)
     else:
@@ -275,6 +279,7 @@ def paged_decode(
     page_size: int,
     scale: float,
     sliding_window: int | None,
+    scales: Scales = NO_SCALES,
     num_stages: int = 2,
     num_warps: int = 4,
 ) -> None:
@@ -305,6 +310,7 @@ def paged_decode(
         len(cut.lengths_B) == num_seqs,
         f"the cut is of {len(cut.lengths_B)} sequences and there are {num_seqs}",
     )
+    refuse_other_scales(keys_XGD, scales)
     pdl = has_pdl(q_BHD)
     group, dim = num_heads // num_kv_heads, max(16, triton.next_power_of_2(head_dim))
     parts = (len(cut.items_I3), num_kv_heads, group)
@@ -323,7 +329,8 @@ def paged_decode(
         partial,
         weight,
         counters_C,
-        scale * LOG2_E,
+        (scale if scales.key is None else scale * scales.key) * LOG2_E,
+        scales.value,
         0 if sliding_window is None else sliding_window,
         table_SN.shape[1],
         num_kv_heads,

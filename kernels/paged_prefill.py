@@ -22,6 +22,7 @@ import triton.language as tl
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kernels.fp8 import NO_SCALES, Scales, refuse_other_scales
 from kernels.launch import refuse_unless
 
 BLOCK_ROWS = 128
@@ -84,7 +85,7 @@ def _attend_block(
         pages = tl.load(table + tokens // PAGE).to(tl.int64)
         inside = in_head[None, :]
     offsets = ((pages * PAGE + tokens % PAGE) * token_stride + head_offset)[:, None] + dims[None, :]
-    keys = tl.load(keys_ptr + offsets, mask=inside, other=0.0)
+    keys = tl.load(keys_ptr + offsets, mask=inside, other=0.0).to(q.dtype)
     scores = tl.dot(q, tl.trans(keys), input_precision=PRECISION) * scale_log2
     if MASKED:
         seen = tokens[None, :] <= positions[:, None]
@@ -95,7 +96,7 @@ def _attend_block(
     new_highest = tl.maximum(highest, tl.max(scores, axis=1))
     weights = tl.exp2(scores - new_highest[:, None])
     shrink = tl.exp2(highest - new_highest)
-    values = tl.load(values_ptr + offsets, mask=inside, other=0.0)
+    values = tl.load(values_ptr + offsets, mask=inside, other=0.0).to(q.dtype)
     total = total * shrink + tl.sum(weights, axis=1)
     out = out * shrink[:, None]
     out = tl.dot(weights.to(values.dtype), values, out, input_precision=PRECISION)
@@ -111,6 +112,7 @@ def _prefill_kernel(
     block_ptr,
     out_ptr,
     scale_log2,
+    value_scale,
     window,
     table_stride,
     num_heads,
@@ -160,6 +162,8 @@ def _prefill_kernel(
             MASKED=True, PAGE=PAGE, BLOCK=BLOCK, PRECISION=PRECISION,
         )  # fmt: skip
     out = out / tl.where(total == 0.0, 1.0, total)[:, None]
+    if value_scale is not None:
+        out *= value_scale
     tl.store(out_ptr + q_offsets, out, mask=inside_q)
 
 
@@ -174,6 +178,7 @@ def paged_prefill(
     page_size: int,
     scale: float,
     sliding_window: int | None,
+    scales: Scales = NO_SCALES,
     num_stages: int = 3,
     num_warps: int = 4,
 ) -> None:
@@ -188,6 +193,7 @@ def paged_prefill(
     refuse_unless(out_THD.shape == q_THD.shape, "out must have the shape of q")
     tensors = (q_THD, keys_XGD, values_XGD, table_SN, blocks_M4, out_THD)
     refuse_unless(all(each.is_contiguous() for each in tensors), "all tensors must be contiguous")
+    refuse_other_scales(keys_XGD, scales)
     if len(blocks_M4) == 0:
         return
     _prefill_kernel[(num_heads, len(blocks_M4))](
@@ -197,7 +203,8 @@ def paged_prefill(
         table_SN,
         blocks_M4,
         out_THD,
-        scale * LOG2_E,
+        (scale if scales.key is None else scale * scales.key) * LOG2_E,
+        scales.value,
         0 if sliding_window is None else sliding_window,
         table_SN.shape[1],
         num_heads,

@@ -20,9 +20,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.fp8 import NO_SCALES, Scales, refuse_other_scales
 from kernels.launch import begin, has_pdl, refuse_unless
+from kernels.paged_attention import store_kv
 
 HEADS_AT_ONCE = 8
+
+
+@triton.jit
+def _nearest_e4m3(x):
+    """The e4m3 number nearest to a float32, as a float32: a cast to float8e4nv keeps it.
+
+    Beside 1.5 * 2^23 steps of e4m3 a float32 has room for whole steps only, so adding and taking
+    them away rounds, ties to even. NOTE: Triton's interpreter truncates where a GPU's cast rounds.
+    """
+    x = tl.clamp(x, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
+    binade = (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    large = tl.maximum(binade, 0.015625, propagate_nan=tl.PropagateNan.ALL) * 1572864.0
+    return (x + large) - large
 
 
 @triton.jit
@@ -38,6 +53,8 @@ def _rope_store_kernel(
     num_kv_heads,
     half,
     eps,
+    inverse_key_scale,
+    inverse_value_scale,
     NORM: tl.constexpr,
     HEADS: tl.constexpr,
     HALF: tl.constexpr,
@@ -88,11 +105,15 @@ def _rope_store_kernel(
         tl.store(target + half, high, mask=inside)
     else:
         place = tl.load(place_ptr + row).to(tl.int64) * num_kv_heads * (2 * half)
-        target = keys_ptr + place + offsets
+        there = keys_ptr + place + offsets
         if is_value:
-            target = values_ptr + place + offsets
-        tl.store(target, low, mask=inside)
-        tl.store(target + half, high, mask=inside)
+            there = values_ptr + place + offsets
+        if inverse_key_scale is not None:
+            inverse_scale = tl.where(is_value, inverse_value_scale, inverse_key_scale)
+            low = _nearest_e4m3(low * inverse_scale)
+            high = _nearest_e4m3(high * inverse_scale)
+        tl.store(there, low, mask=inside)
+        tl.store(there + half, high, mask=inside)
 
 
 def rope_store(
@@ -104,10 +125,12 @@ def rope_store(
     values_XGD: Tensor,
     *,
     eps: float,
+    scales: Scales = NO_SCALES,
 ) -> Tensor:
     """The queries (T, H, D); keys and values of the rows are in the cache.
 
-    `norm_ND` has the weights of the H + G heads that are normalised, or is None.
+    `norm_ND` has the weights of the H + G heads that are normalised, or is None; `scales` are those
+    of a cache of e4m3, whose numbers are rounded once, from float32.
     """
     num_rows, num_projected, head_dim = qkv_TND.shape
     num_kv_heads = keys_XGD.shape[1]
@@ -129,6 +152,7 @@ def rope_store(
     )
     tensors = (qkv_TND, rotation_T3C, places_T, keys_XGD, values_XGD)
     refuse_unless(all(each.is_contiguous() for each in tensors), "all tensors must be contiguous")
+    refuse_other_scales(keys_XGD, scales)
     q_THD = qkv_TND.new_empty(num_rows, num_heads, head_dim)
     if num_rows == 0:
         return q_THD
@@ -147,6 +171,8 @@ def rope_store(
         num_kv_heads,
         half,
         eps,
+        None if scales.key is None else 1.0 / scales.key,
+        None if scales.value is None else 1.0 / scales.value,
         NORM=norm_ND is not None,
         HEADS=HEADS_AT_ONCE,
         HALF=triton.next_power_of_2(half),
@@ -166,6 +192,7 @@ def rope_store_reference(
     values_XGD: Tensor,
     *,
     eps: float,
+    scales: Scales = NO_SCALES,
 ) -> Tensor:
     """What `rope_store` must equal, in plain torch."""
     num_kv_heads = keys_XGD.shape[1]
@@ -175,8 +202,9 @@ def rope_store_reference(
         x_TND = x_TND * torch.rsqrt(x_TND.square().mean(-1, keepdim=True) + eps) * norm_ND.float()
     cos_T1C, _, sin_T1C = rotation_T3C.float().unsqueeze(1).unbind(2)
     low, high = x_TND.chunk(2, dim=-1)
-    turned = torch.cat((low * cos_T1C - high * sin_T1C, high * cos_T1C + low * sin_T1C), dim=-1)
-    turned = turned.to(qkv_TND.dtype)
-    keys_XGD[places_T] = turned[:, num_heads:].to(keys_XGD.dtype)
-    values_XGD[places_T] = qkv_TND[:, num_heads + num_kv_heads :].to(values_XGD.dtype)
+    exact = torch.cat((low * cos_T1C - high * sin_T1C, high * cos_T1C + low * sin_T1C), dim=-1)
+    turned = exact.to(qkv_TND.dtype)
+    k_TGD = exact[:, num_heads:] if scales.key is not None else turned[:, num_heads:]
+    store_kv(keys_XGD, places_T, k_TGD, scales.key)
+    store_kv(values_XGD, places_T, qkv_TND[:, num_heads + num_kv_heads :], scales.value)
     return turned[:, :num_heads].contiguous()

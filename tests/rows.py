@@ -438,6 +438,20 @@ MUTATIONS: tuple[Mutation, ...] = (
         "",
     ),
     Mutation(
+        "S13",
+        "a decode reads the keys of an e4m3 cache without their scale",
+        "kernels/paged_decode.py",
+        "        (scale if scales.key is None else scale * scales.key) * LOG2_E,\n",
+        "        scale * LOG2_E,\n",
+    ),
+    Mutation(
+        "S13",
+        "e4m3 is rounded towards zero",
+        "kernels/rope_store.py",
+        "    return (x + large) - large\n",
+        "    return x\n",
+    ),
+    Mutation(
         "C1",
         "a stream ends without [DONE]",
         "deployments/service.py",

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kernels.fp8 import NO_SCALES, Scales
 from kernels.latent_attention import sparse_latent_attention
 from kernels.paged_attention import chunk_attention, decode_attention, decode_mask, store_kv
 from workers.batch import (
@@ -78,9 +79,10 @@ class PagedAttention(HeadAttention, LatentRowAttention):
     ) -> Tensor:
         """See `workers.batch.HeadAttention`."""
         keys_XGD, values_XGD = self._cache.rows(layer)
-        store_kv(keys_XGD, self._kv_rows_T, k_UGD)
-        store_kv(values_XGD, self._kv_rows_T, v_UGD)
-        return self._attend(self._cache.layer(layer), q_THD, scale, sliding_window)
+        scales = self._cache.scales(layer)
+        store_kv(keys_XGD, self._kv_rows_T, k_UGD, scales.key)
+        store_kv(values_XGD, self._kv_rows_T, v_UGD, scales.value)
+        return self._attend(self._cache.layer(layer), q_THD, scale, sliding_window, scales)
 
     def attend_latent(
         self,
@@ -100,7 +102,8 @@ class PagedAttention(HeadAttention, LatentRowAttention):
             if self._longest > index.num_chosen:
                 return self._attend_sparsely(layer, q_THW, index, num_values, scale)
         rows_PS1W = self._cache.layer(layer)[0].unsqueeze(2)
-        return self._attend((rows_PS1W, rows_PS1W), q_THW, scale, None)[..., :num_values]
+        pages = (rows_PS1W, rows_PS1W)
+        return self._attend(pages, q_THW, scale, None, NO_SCALES)[..., :num_values]
 
     def _attend_sparsely(
         self, layer: int, q_THW: Tensor, index: IndexRows, num_values: int, scale: float
@@ -132,18 +135,24 @@ class PagedAttention(HeadAttention, LatentRowAttention):
             yield slice(chunk.row, chunk.row + chunk.length), pages_N, chunk.stop
 
     def _attend(
-        self, kv: tuple[Tensor, ...], q_THD: Tensor, scale: float, window: int | None
+        self,
+        kv: tuple[Tensor, ...],
+        q_THD: Tensor,
+        scale: float,
+        window: int | None,
+        scales: Scales,
     ) -> Tensor:
         """Over keys and values in pages (P, S, G, D)."""
         decodes = self._decodes
         if decodes is not None and not self._chunks:
-            return self._decode(kv, q_THD, decodes, scale, window)
+            return self._decode(kv, q_THD, decodes, scale, window, scales)
         parts: list[Tensor] = []
         if decodes is not None:
-            parts.append(self._decode(kv, q_THD[: decodes.num_seqs], decodes, scale, window))
+            q_BHD = q_THD[: decodes.num_seqs]
+            parts.append(self._decode(kv, q_BHD, decodes, scale, window, scales))
         for chunk, pages_N in self._chunks:
             q_CHD = q_THD[chunk.row : chunk.row + chunk.length]
-            parts.append(self._chunk(kv, q_CHD, chunk, pages_N, scale, window))
+            parts.append(self._chunk(kv, q_CHD, chunk, pages_N, scale, window, scales))
         if not parts:  # a part of a replica may have no rows to read for
             return q_THD
         return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -155,6 +164,7 @@ class PagedAttention(HeadAttention, LatentRowAttention):
         decodes: _Decodes,
         scale: float,
         window: int | None,
+        scales: Scales,
     ) -> Tensor:
         keys_PSGD, values_PSGD = kv
         return decode_attention(
@@ -165,6 +175,7 @@ class PagedAttention(HeadAttention, LatentRowAttention):
             length=decodes.length,
             mask_B11L=self._mask(decodes, window, q_BHD.dtype),
             scale=scale,
+            scales=scales,
         )
 
     def _chunk(
@@ -175,6 +186,7 @@ class PagedAttention(HeadAttention, LatentRowAttention):
         pages_N: Tensor,
         scale: float,
         window: int | None,
+        scales: Scales,
     ) -> Tensor:
         keys_PSGD, values_PSGD = kv
         return chunk_attention(
@@ -185,6 +197,7 @@ class PagedAttention(HeadAttention, LatentRowAttention):
             start=chunk.start,
             scale=scale,
             sliding_window=window,
+            scales=scales,
         )
 
     def _prepare_decodes(self, rows: StepRows, positions_T: Tensor) -> _Decodes | None:

@@ -22,6 +22,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kernels.fp8 import E4M3, NO_SCALES, Scales
+
 RowShapes = tuple[tuple[int, ...], ...]
 """A token's parts in a layer: ((G, D), (G, D)) are keys and values of G heads of D numbers."""
 
@@ -50,16 +52,24 @@ class PagedCache:
         page_size: int,
         dtype: torch.dtype,
         device: torch.device,
+        scales: Sequence[Scales] = (),
     ) -> None:
+        """`scales` has an entry a layer if `dtype` is e4m3 (`kernels.fp8`), else none."""
         self.num_pages = num_pages
         self.page_size = page_size
         self.device = device
         # NOTE: zeros, not empty. Attention in torch reads whole pages and multiplies what is past
         # a sequence's end by 0, and 0 times a stray NaN is NaN.
-        self.parts = tuple(
-            torch.zeros(num_layers, num_pages, page_size, *shape, dtype=dtype, device=device)
+        self._bits = tuple(
+            torch.zeros(
+                (num_layers, num_pages, page_size, *shape),
+                dtype=torch.uint8 if dtype == E4M3 else dtype,
+                device=device,
+            )
             for shape in shapes
         )
+        self.parts = tuple(part.view(dtype) for part in self._bits)
+        self._scales = tuple(scales) or (NO_SCALES,) * num_layers
         layers = range(num_layers)
         self._layers = [tuple(part[layer] for part in self.parts) for layer in layers]
         self._rows = [tuple(part[layer].flatten(0, 1) for part in self.parts) for layer in layers]
@@ -81,8 +91,12 @@ class PagedCache:
         """A layer's parts as one row a token, (P * S, *shape) each."""
         return self._rows[layer]
 
+    def scales(self, layer: int) -> Scales:
+        """What a layer's stored keys and values are times."""
+        return self._scales[layer]
+
     def clear(self, pages: Sequence[int]) -> None:
         """Zero `pages` in all layers: their last owner may have left NaN in them."""
         index = torch.tensor(pages, dtype=torch.int64, device=self.device)
-        for part in self.parts:
+        for part in self._bits:
             part.index_fill_(1, index, 0)

@@ -60,6 +60,8 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """Longest prompt plus output, in tokens; unset: the model's. V3.2 decodes score so many."""
     kv_cache_gb: float | None = None
     """Memory for keys and values on each rank, in GiB; unset takes what is free (CPU: 1 GiB)."""
+    kv_cache_dtype: Literal["auto", "fp8_e4m3"] = "auto"
+    """Type of stored keys and values; auto is the model's, fp8_e4m3 holds twice as many tokens."""
     gpu_memory_utilization: float = 0.9
     """Share of a GPU's memory for weights, cache and workspaces together."""
     enable_prefix_caching: bool = True

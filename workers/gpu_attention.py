@@ -80,8 +80,9 @@ class GpuAttention(ProjectionAttention):
     ) -> Tensor:
         """See `workers.batch.HeadAttention`."""
         keys_XGD, values_XGD = self._cache.rows(layer)
-        store_kv(keys_XGD, self._places_T, k_UGD)
-        store_kv(values_XGD, self._places_T, v_UGD)
+        scales = self._cache.scales(layer)
+        store_kv(keys_XGD, self._places_T, k_UGD, scales.key)
+        store_kv(values_XGD, self._places_T, v_UGD, scales.value)
         return self._attend(layer, q_THD.contiguous(), scale, sliding_window)
 
     def attend_projection(
@@ -98,7 +99,14 @@ class GpuAttention(ProjectionAttention):
         """See `workers.batch.ProjectionAttention`."""
         keys_XGD, values_XGD = self._cache.rows(layer)
         q_THD = rope_store(
-            qkv_TND, norm_ND, rotation_T3C, self._places_T, keys_XGD, values_XGD, eps=eps
+            qkv_TND,
+            norm_ND,
+            rotation_T3C,
+            self._places_T,
+            keys_XGD,
+            values_XGD,
+            eps=eps,
+            scales=self._cache.scales(layer),
         )
         return self._attend(layer, q_THD, scale, sliding_window)
 
@@ -121,6 +129,7 @@ class GpuAttention(ProjectionAttention):
                 page_size=self._cache.page_size,
                 scale=scale,
                 sliding_window=window,
+                scales=self._cache.scales(layer),
             )
         if self._blocks_M4 is not None:
             paged_prefill(
@@ -133,6 +142,7 @@ class GpuAttention(ProjectionAttention):
                 page_size=self._cache.page_size,
                 scale=scale,
                 sliding_window=window,
+                scales=self._cache.scales(layer),
             )
         return out_THD
 

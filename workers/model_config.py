@@ -354,8 +354,10 @@ def _architecture(fields: dict[str, Any], known: Mapping[str, object], path: Pat
 
 
 def _check_offered(file: _ConfigFile, fields: dict[str, Any], path: Path) -> None:
-    if "quantization_config" in fields:
-        method = cast(dict[str, Any], fields["quantization_config"]).get("quant_method", "unknown")
+    quantized = cast(dict[str, Any], fields.get("quantization_config") or {})
+    is_cache_alone = quantized.get("kv_cache_scheme") and not quantized.get("config_groups")
+    if quantized and not is_cache_alone:
+        method = quantized.get("quant_method", "unknown")
         raise BadModelConfig(
             f"{path} describes weights quantized by {method}, which is not offered: use the "
             "model's bfloat16, float16 or float32 checkpoint"

@@ -15,6 +15,7 @@ import torch
 
 from parallel.groups import build_groups
 from workers import bundled
+from workers.cache_format import stored_dtype
 from workers.config import EngineConfig
 from workers.models import build_model, read_model_config
 from workers.weights import check_weights
@@ -29,6 +30,7 @@ def check(config: EngineConfig) -> None:
         model = build_model(
             model_config, groups, torch.device("meta"), torch.float32, config.plan_settings
         )
+    stored_dtype(config.kv_cache_dtype, model.cache_shapes, model.dtype)
     if config.load_format != "dummy":
         check_weights(model, folder)
     longest = model.max_position_embeddings

@@ -61,7 +61,7 @@ def cut(name: str, entry: Entry, region: tuple[slice, ...], into: Tensor) -> Ite
     """The pieces of `region`, at most `PIECE_BYTES` each both here and there.
 
     `into` has the region's dimensions last. A tensor of more than two dimensions is cut at each
-    index of the first ones; a vector counts as one column.
+    index of the first ones; a vector counts as one column, and so does a scalar.
     """
     dtype, shape = FLOAT_DTYPES[entry.dtype], entry.shape
     if len(shape) > 2:
@@ -72,8 +72,9 @@ def cut(name: str, entry: Entry, region: tuple[slice, ...], into: Tensor) -> Ite
             inner = Entry(entry.file, entry.dtype, shape[1:], entry.start + index * stride)
             yield from cut(name, inner, region[1:], into.select(-len(shape), place))
         return
-    while len(shape) < 2:
-        shape, region, into = (*shape, 1), (*region, slice(0, 1)), into.unsqueeze(-1)
+    shape += (1,) * (2 - len(shape))
+    while len(region) < 2:
+        region, into = (*region, slice(0, 1)), into.unsqueeze(-1)
     rows, columns = region
     if columns.stop == columns.start:
         return

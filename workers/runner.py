@@ -21,6 +21,7 @@ from parallel.padding_cost import PaddingCurves
 from workers import bundled
 from workers.architectures import plan_of
 from workers.cache import bytes_per_page, pages_that_fit
+from workers.cache_format import format_of
 from workers.config import EngineConfig
 from workers.expert_load import ExpertTally
 from workers.models import Model, build_model, read_model_config
@@ -104,6 +105,13 @@ class ModelRunner:
         """Digests of the graphs' collectives; empty where nothing is captured."""
         with torch.inference_mode():
             self._model = make_model(config, layout, rank, groups, device, progress)
+        self._cache_format = format_of(config.kv_cache_dtype, self._model, device)
+        if rank == 0 and self._cache_format.lacks_scales:
+            print(
+                "kv_cache_dtype=fp8_e4m3: the checkpoint has no k_scale and v_scale, so keys and "
+                "values are stored as they are, up to 448",
+                flush=True,
+            )
         self._expert_tally = ExpertTally(self._model, config, groups, self._transfers.fetch)
         self.padding_curves: PaddingCurves | None = None
         if config.padding == "auto" and exchanges_of(plan_of(config)):
@@ -167,6 +175,7 @@ class ModelRunner:
             self._groups,
             self._transfers,
             self._expert_tally,
+            self._cache_format,
             num_replicas=self._num_replicas,
             row_multiple=self._row_multiple,
             max_model_len=self.max_model_len,
@@ -180,7 +189,7 @@ class ModelRunner:
             self._model.num_layers,
             self._model.cache_shapes,
             page_size=self._config.page_size,
-            dtype=self._model.dtype,
+            dtype=self._cache_format.dtype,
         )
 
     def _count_pages(self) -> int:

@@ -26,6 +26,7 @@ from parallel.padding import align_rows
 from workers.attention import PagedAttention
 from workers.batch import BatchState, ForwardBatch, ProtocolError, StepRows
 from workers.cache import PagedCache
+from workers.cache_format import CacheFormat
 from workers.config import EngineConfig
 from workers.context import ContextParts, StepPart
 from workers.expert_load import ExpertTally
@@ -94,6 +95,7 @@ class StepRunner:
         groups: Groups,
         transfers: Transfers,
         expert_tally: ExpertTally,
+        cache_format: CacheFormat,
         *,
         num_replicas: int,
         row_multiple: int,
@@ -118,8 +120,9 @@ class StepRunner:
             model.cache_shapes,
             num_pages=num_pages + int(use_kernels),  # and the spare slot's
             page_size=config.page_size,
-            dtype=model.dtype,
+            dtype=cache_format.dtype,
             device=transfers.device,
+            scales=cache_format.scales,
         )
         self.forget()
 

@@ -163,7 +163,7 @@ def _check_names(
 def _check_contents(sources: Sequence[Source], entries: Mapping[str, Entry]) -> None:
     for source in sources:
         entry = entries[source.name]
-        if entry.shape != source.shape:
+        if entry.shape != source.shape and (source.shape, entry.shape) != ((), (1,)):
             raise BadCheckpoint(
                 f"{entry.file}: {source.name} should be {list(source.shape)} by config.json and "
                 f"is {list(entry.shape)}"

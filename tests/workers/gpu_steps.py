@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 
+from kernels.fp8 import E4M3, NO_SCALES, Scales
 from workers.attention import PagedAttention
 from workers.batch import BatchState
 from workers.cache import PagedCache, RowShapes
@@ -46,12 +47,14 @@ class Step(NamedTuple):
 class TwoCaches:
     """One is `mine`, which a GPU's attention is to be made of; plain torch reads the other."""
 
-    def __init__(self, shapes: RowShapes, device: str) -> None:
+    def __init__(self, shapes: RowShapes, device: str, scales: Scales = NO_SCALES) -> None:
         self.device = torch.device(device)
+        is_plain = scales == NO_SCALES
         self.mine, self.theirs = (
             PagedCache(
-                NUM_LAYERS, shapes, num_pages=NUM_PAGES + 1, page_size=PAGE, dtype=torch.float32,
-                device=self.device,
+                NUM_LAYERS, shapes, num_pages=NUM_PAGES + 1, page_size=PAGE,
+                dtype=torch.float32 if is_plain else E4M3, device=self.device,
+                scales=() if is_plain else (scales,) * NUM_LAYERS,
             )
             for _ in range(2)
         )  # fmt: skip
@@ -83,7 +86,8 @@ class TwoCaches:
     def are_alike(self) -> bool:
         """All pages but the spare one hold the same."""
         pairs = zip(self.mine.parts, self.theirs.parts, strict=True)
-        return all(torch.allclose(m[:, :-1], t[:, :-1], atol=1e-5) for m, t in pairs)
+        pairs = [(mine[:, :-1].float(), theirs[:, :-1].float()) for mine, theirs in pairs]
+        return all(torch.allclose(mine, theirs, atol=1e-5) for mine, theirs in pairs)
 
     def _upload(self, array) -> torch.Tensor:
         return torch.from_numpy(array).to(self.device)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from kernels.fp8 import NO_SCALES, Scales
 from kernels.rope_rows import rope_rows_reference
 from tests.workers.gpu_steps import NUM_SLOTS, TwoCaches
 from workers.gpu_attention import GpuAttention
@@ -14,10 +15,11 @@ WINDOWS = (None, 3)
 """By layer: the decodes of a step are cut once for each."""
 
 
+@pytest.mark.parametrize("scales", [NO_SCALES, Scales(0.03, 0.7)], ids=["plain", "e4m3"])
 @pytest.mark.parametrize("is_projection", [False, True], ids=["heads", "projection"])
-def test_chunks_and_decodes_read_what_plain_torch_reads(is_projection, device):
+def test_chunks_and_decodes_read_what_plain_torch_reads(is_projection, scales, device):
     torch.manual_seed(0)
-    caches = TwoCaches(((NUM_KV_HEADS, DIM),) * 2, device)
+    caches = TwoCaches(((NUM_KV_HEADS, DIM),) * 2, device, scales)
     attention = GpuAttention(caches.mine, caches.table, max_decodes=NUM_SLOTS + 1)
     norm = torch.rand(NUM_HEADS + NUM_KV_HEADS, DIM, device=device)
     for num_rows, num_padded in caches.steps(attention):

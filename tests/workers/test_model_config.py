@@ -243,6 +243,14 @@ def test_what_is_not_offered_is_refused_with_a_sentence(case, tmp_path):
     assert said == sentence
 
 
+def test_a_checkpoint_whose_cache_alone_is_quantized_is_read(tmp_path):
+    quantized = {"quant_method": "compressed-tensors", "kv_cache_scheme": {"num_bits": 8}}
+    read(tmp_path, LLAMA | {"quantization_config": quantized | {"config_groups": {}}})
+    quantized["config_groups"] = {"group_0": {"weights": {"num_bits": 8}}}
+    with pytest.raises(BadModelConfig, match="weights quantized by compressed-tensors"):
+        read(tmp_path, LLAMA | {"quantization_config": quantized})
+
+
 def test_an_unknown_architecture_is_an_error_of_its_own(tmp_path):
     with pytest.raises(UnknownArchitecture):
         read(tmp_path, LLAMA | {"architectures": ["GPT2LMHeadModel"]})

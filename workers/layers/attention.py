@@ -18,7 +18,7 @@ from workers.layers.linear import (
 from workers.layers.norm import UnitRms
 from workers.layers.rotary import Rotation
 from workers.layers.whole_rows import on_whole_rows
-from workers.weights import Part, Source
+from workers.weights import OneOf, Part, Source, everything
 
 
 class QueryKeyNorm:
@@ -90,6 +90,9 @@ class SelfAttention:
         self._qk_norm = None
         if qk_norm:
             self._qk_norm = QueryKeyNorm(build, prefix, self._num_heads, self._num_kv_heads)
+        self.kv_scale_2 = torch.ones(2, dtype=torch.float32, device=build.device)
+        """What stored keys and values are times, in a cache of fewer bits; 1 unless told."""
+        self._scale_names = (f"{prefix}.k_scale", f"{prefix}.v_scale")
         self._out = RowParallelLinear(
             build,
             f"{prefix}.o_proj",
@@ -222,6 +225,8 @@ class SelfAttention:
         )
         return out_THD.flatten(1)
 
-    def sources(self) -> list[Source]:
+    def sources(self) -> list[Source | OneOf]:
         norm = [] if self._qk_norm is None else self._qk_norm.sources()
-        return [*self._qkv.sources(), *norm, *self._out.sources()]
+        places = zip(self.kv_scale_2.unbind(), self._scale_names, strict=True)
+        scales = tuple(everything(into, name, "ones") for into, name in places)
+        return [*self._qkv.sources(), *norm, OneOf(((), scales)), *self._out.sources()]

@@ -86,6 +86,7 @@ class LatentAttention:
         self._indexer = None
         if latent.index is not None:
             self._indexer = Indexer(build, f"{prefix}.indexer", latent, latent.index)
+        self.kv_scale_2 = None
         self.cache_shapes: RowShapes = ((row_width,),)
         """The row of a token, and its key for the indexer; the same on all attn_tp ranks."""
         if latent.index is not None:

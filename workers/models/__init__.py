@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from kernels.fp8 import Scales
 from parallel.groups import Groups
 from parallel.layout import Layout
 from parallel.plan import PlanSettings, compile_plan
@@ -72,6 +73,10 @@ class Model(Protocol):
 
     def expert_loads(self) -> dict[int, Tensor]:
         """For each sparse layer how often its experts were chosen by rows that came here."""
+        ...
+
+    def kv_scales(self) -> tuple[Scales, ...]:
+        """By layer what the checkpoint says that stored keys and values are times; 1 if nothing."""
         ...
 
     def sources(self) -> list[Source | OneOf]:

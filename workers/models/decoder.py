@@ -9,6 +9,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from kernels.fp8 import Scales
 from parallel.context import counts_by_part
 from parallel.dp_attention import Activation, RowCounts, RowSplit, Upload
 from parallel.plan import PlanError, Rows
@@ -32,10 +33,15 @@ class AttentionLayer(Protocol):
         """What this rank keeps of a token."""
         ...
 
+    @property
+    def kv_scale_2(self) -> Tensor | None:
+        """What keys and values are times where a cache keeps e4m3; None of a latent."""
+        ...
+
     def forward(
         self, x: Activation, rotation: Rotation, attention: Attention, split: RowSplit | None
     ) -> Activation: ...
-    def sources(self) -> Sequence[Source]: ...
+    def sources(self) -> Sequence[Source | OneOf]: ...
 
 
 class DecoderLayer:
@@ -45,7 +51,7 @@ class DecoderLayer:
         prefix = f"model.layers.{layer}"
         plan = build.plan
         self._attention, self.mlp = attention, mlp
-        self.cache_shapes = attention.cache_shapes
+        self.cache_shapes, self.kv_scale_2 = attention.cache_shapes, attention.kv_scale_2
         self._input_norm = RMSNorm(build, f"{prefix}.input_layernorm")
         self._post_norm = RMSNorm(build, f"{prefix}.post_attention_layernorm")
         self._into_attention = NormBoundary(
@@ -149,6 +155,11 @@ class Decoder:
         """For each sparse layer how often its experts were chosen by rows that came here."""
         mlps = {number: layer.mlp for number, layer in enumerate(self._layers)}
         return {n: mlp.load.read() for n, mlp in mlps.items() if isinstance(mlp, SparseMLP)}
+
+    def kv_scales(self) -> tuple[Scales, ...]:
+        """By layer what the checkpoint says that stored keys and values are times; 1 if nothing."""
+        scales = (layer.kv_scale_2 for layer in self._layers)
+        return tuple(Scales(*scale_2.tolist()) for scale_2 in scales if scale_2 is not None)
 
     def _split(self, batch: ForwardBatch) -> RowSplit:
         """Who has which rows; the same as in the last step for as long as the counts are."""
