@@ -305,6 +305,13 @@ class Gang:
             owners[hello.device] = rank
 
     def _on_ready(self, ready: Ready) -> None:
+        if ready.plan != self.plan.digest:
+            raise GangFailed(
+                f"rank {ready.rank} compiled another collective plan than the driver: the "
+                "config.json that it reads is another; give all nodes the same model folder",
+                ready.rank,
+                cause=Cause.DESYNC,
+            )
         self._ready[ready.rank] = ready
         if len(self._ready) < self.layout.world_size:
             return

@@ -24,6 +24,7 @@ Arithmetic only: no torch, no process group. Whether a step's replicas hold equa
     (2, True)
 """
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
@@ -149,6 +150,11 @@ class Plan:
     head: Place
     boundaries: tuple[Boundary, ...]
     """Into attention and into the MLP of every layer, in order, and into the head."""
+
+    @property
+    def digest(self) -> bytes:
+        """16 bytes that stand for all of the plan (BLAKE2b)."""
+        return hashlib.blake2b(repr(self).encode(), digest_size=16).digest()
 
     @property
     def head_spans_replicas(self) -> bool:

@@ -341,6 +341,13 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation(
         "S14",
+        "a rank may have compiled another collective plan",
+        "deployments/gang.py",
+        "        if ready.plan != self.plan.digest:\n",
+        "        if False:\n",
+    ),
+    Mutation(
+        "S14",
         "a part of a sum passes for the sum",
         "parallel/dp_attention.py",
         "        if self.owed is not None or self.rows is not rows:\n",

@@ -177,6 +177,7 @@ class Failpoint(Struct, frozen=True):
         "foreign_slot",
         "shifted_slot",
         "late_registration",
+        "other_plan",
     ]
     rank: int
     step: int

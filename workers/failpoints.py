@@ -4,6 +4,9 @@ A fault fires at the first step, from its own on, at which it can: `corrupt_ids`
 for a step that samples, `skip_collective` for one that communicates, `foreign_slot` (another
 group's) and `shifted_slot` (at another offset than on other ranks) for one that takes a slot.
 
+`other_plan` changes what a step's header says and no rank looks at: one that changes the sizes of
+collectives makes gloo end a peer, and it is that peer's death that is told.
+
 `skip_collective` leaves out what goes through a transport. A sum that GPUs make over their peers'
 memory does not: who plants it sets `all_reduce="nccl"`.
 """
@@ -16,12 +19,14 @@ from collections.abc import Callable, Iterable
 import numpy as np
 import torch
 import torch.distributed as dist
+from msgspec import structs
 from numpy.typing import NDArray
 from torch import Tensor
 
 from parallel.arena import ALIGNMENT, Block, Slot
 from parallel.groups import Groups, Transport
 from workers.config import Failpoint
+from workers.protocol import decode_header, encode
 
 SLOW_S = 3.0
 
@@ -62,6 +67,13 @@ class Failpoints:
             self._groups.arena.register(self._groups.tp.transport)
         if self.take("raise", step):
             raise PlantedFault(f"the failpoint of step {step} was reached")
+
+    def differ(self, header: bytes, step: int) -> bytes:
+        """The header of `step`, or another one if that is due."""
+        if not self.take("other_plan", step):
+            return header
+        told = decode_header(header)
+        return encode(structs.replace(told, mode=(told.mode + 1) % 4))
 
     def attach(self, groups: Groups) -> None:
         """Let this rank's memory and ledger go wrong when that is due."""

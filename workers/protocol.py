@@ -42,7 +42,7 @@ from numpy.typing import NDArray
 
 from parallel.padding_cost import PaddingCurves
 
-PROTOCOL_VERSION = 8
+PROTOCOL_VERSION = 9
 """Raised whenever a struct changes; a worker of another version is refused at `Hello`."""
 
 MAX_MESSAGE_BYTES = 64 * 2**20
@@ -244,6 +244,8 @@ class Ready(Message, frozen=True, tag="ready"):
     """Rows of the decode graphs that it will capture; none where steps are not captured."""
     padding: PaddingCurves | None = None
     """What padding costs, as this rank measured it; None if it is not asked."""
+    plan: bytes = b""
+    """Digest of the collective plan that it compiled, from the config.json that it reads."""
 
 
 class Started(Message, frozen=True, tag="started"):

@@ -29,6 +29,7 @@ import kernels
 from parallel.groups import Groups, Transport
 from parallel.layout import Layout
 from parallel.padding_cost import PaddingCurves
+from workers.architectures import plan_of
 from workers.config import EngineConfig
 from workers.failpoints import Failpoints, Skipping
 from workers.link import DriverLink, Pulse
@@ -326,6 +327,7 @@ class Worker:
             tuple(runner.stop_token_ids),
             tuple(runner.buckets),
             runner.padding_curves,
+            plan_of(self._spec.config).digest,
         )
 
     def _await(self, link: DriverLink, wanted: type[Wanted]) -> Wanted:
@@ -408,12 +410,13 @@ class Worker:
 
     def _launch(self, frames: list[bytes], runner: Runner) -> None:
         began = time.perf_counter()
-        header, body = self._chain.accept(frames[1], frames[2])
+        told = self._failpoints.differ(frames[1], self._chain.step + 1)
+        header, body = self._chain.accept(told, frames[2])
         self._failpoints.enter(header.step)
         if self._failpoints.take("skip_step", header.step):
             return
         pending = runner.launch(header, body, self._replica)
-        self._in_flight.append(_InFlight(header.step, digest(frames[1]), pending, began))
+        self._in_flight.append(_InFlight(header.step, digest(told), pending, began))
         self._awaits_mask = body.num_masked > 0
 
     def _mask(self, mask: Mask, runner: Runner) -> None:

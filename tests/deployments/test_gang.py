@@ -6,6 +6,7 @@ from deployments.gang import Gang, GangFailed
 from deployments.grammar import State
 from deployments.requests import Request
 from parallel.padding_cost import PaddingCurves
+from workers.architectures import plan_of
 from workers.config import EngineConfig
 from workers.protocol import (
     MASK,
@@ -63,13 +64,18 @@ def bring_up(
     captured=(b"",) * 4,
     curves=(None,) * 4,
     lines=None,
+    odd_plan=None,
 ):
+    plan = plan_of(config).digest
     one, wire = gang(config, lines=lines)
     for rank in range(config.layout.world_size):
         one.on_message(rank, hello(rank), now)
     for rank in range(config.layout.world_size):
         told = (2, *buckets[: rank + 1]) if buckets else ()
-        one.on_message(rank, Ready(1, rank, pages + rank, 100, 300, (2,), told, curves[rank]), now)
+        its_plan = b"other" if rank == odd_plan else plan
+        num_pages, padding = pages + rank, curves[rank]
+        ready = Ready(1, rank, num_pages, 100, 300, (2,), told, padding, its_plan)
+        one.on_message(rank, ready, now)
     for rank in range(config.layout.world_size):
         one.on_message(rank, Started(1, rank, captured[rank]), now)
     return one, wire
@@ -110,6 +116,14 @@ def test_all_replicas_get_as_many_pages_as_the_poorest_rank_has():
     assert one.serving
     assert all(wire.last(rank) == Serve(1, 40) for rank in range(4))
     assert [s.pool.num_pages for s in one.schedulers] == [40, 40]
+
+
+@pytest.mark.row("S14")
+@pytest.mark.parametrize("rank", [0, 2, 3])
+def test_a_rank_with_another_collective_plan_is_named_before_anything_is_run(rank):
+    with pytest.raises(GangFailed, match=f"rank {rank} compiled another collective plan") as caught:
+        bring_up(odd_plan=rank)
+    assert caught.value.rank == rank
 
 
 def test_a_cache_too_small_for_one_request_says_what_to_change():

@@ -70,6 +70,11 @@ def ask_with_fault(monkeypatch, fault, **settings):
             "rank 0 failed: SymmetryError: symmetric memory was to be registered after the rank "
             "was ready",
         ),
+        # Its ack says so, or it finds out itself when the next step comes.
+        (
+            "other_plan", 2, SPLIT,
+            r"rank 2 (obeyed another plan of step \d+ than was sent|failed: StepRefused)",
+        ),
         (
             "skip_collective", 1, {"tp_size": 2, "overlap": False},
             r"ranks \[1\] left out a collective",

@@ -107,6 +107,20 @@ def test_dense_layers_on_the_attention_group_keep_rows_and_stream_as_they_are():
 
 
 @pytest.mark.row("S9")
+def test_plans_that_differ_anywhere_have_different_digests():
+    dense = ModelLayers("LlamaForCausalLM", sparse=(False, False))
+    layout = Layout(tp_size=4, dp_size=2, enable_dp_attention=True)
+    mixed = dense._replace(sparse=(False, True))
+    plans = [
+        compile_plan(layout, PlanSettings(), dense),
+        compile_plan(layout, PlanSettings(), mixed),
+        compile_plan(layout, PlanSettings(enable_dp_lm_head=True), dense),
+        compile_plan(Layout(tp_size=4), PlanSettings(), dense),
+    ]
+    assert len({plan.digest for plan in plans}) == 4
+    assert compile_plan(layout, PlanSettings(), dense).digest == plans[0].digest
+
+
 def test_unset_and_tp_size_are_the_same_plan():
     for dp, a2a in itertools.product((1, 2, 8), (False, True)):
         unset = plan_of(tp_size=8, dp_size=dp, a2a=a2a)
