@@ -11,7 +11,7 @@ from parallel.plan import Plan, compile_plan
 from workers import bundled
 from workers.architectures import layers_of, read_model_config
 from workers.config import EngineConfig
-from workers.model_config import check_split
+from workers.model_split import check_split
 
 
 def folder_of(config: EngineConfig) -> Path:

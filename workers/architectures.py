@@ -12,6 +12,7 @@ from parallel.plan import ModelLayers, Plan, compile_plan
 from workers import bundled
 from workers.config import EngineConfig
 from workers.model_config import ModelConfig
+from workers.model_folder import read_folder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +73,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 def read_model_config(folder: Path) -> ModelConfig:
     """The folder's config.json; refuses architectures that are not in `ARCHITECTURES`."""
     defaults = {name: one.defaults for name, one in ARCHITECTURES.items()}
-    return ModelConfig.read(folder, defaults)
+    return read_folder(folder, defaults)
 
 
 def layers_of(config: ModelConfig) -> ModelLayers:

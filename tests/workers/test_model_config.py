@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from workers.errors import BadModelConfig, BadSplit, UnknownArchitecture
-from workers.model_config import ModelConfig, check_split
+from workers.model_config import ModelConfig
+from workers.model_split import check_split
 from workers.models import read_model_config
 
 LLAMA: dict[str, Any] = {

@@ -24,7 +24,8 @@ from workers.batch import ForwardBatch
 from workers.cache import RowShapes
 from workers.layers.build import Build
 from workers.layers.moe import MLP
-from workers.model_config import ModelConfig, check_split
+from workers.model_config import ModelConfig
+from workers.model_split import check_split
 from workers.models.deepseek import build_deepseek_v2, build_deepseek_v3
 from workers.models.llama import build_llama
 from workers.models.mixtral import build_mixtral
