@@ -1,18 +1,21 @@
 # ruff: noqa: B023  (what a loop measures is called within its turn)
 """Our kernels on a GPU against what they could reach: microseconds, and share of the ceiling.
 
-    python -m tests.bench.bench_gpu_kernels
+    python -m tests.bench.bench_gpu_kernels            all of them
+    python -m tests.bench.bench_gpu_kernels e4m3       some: rows, linear, decode, prefill, e4m3
 
 Every timing is of replays of a CUDA graph that holds the kernel many times over rotating inputs,
 so that neither launches nor the cache decide. The ceilings are measured in the same run.
 """
 
 import itertools
+import sys
 from collections.abc import Callable
 
 import torch
 from torch.nn import functional
 
+from kernels.fp8 import Scales, to_e4m3
 from kernels.paged_decode import cut_sequences, num_shares_of, paged_decode
 from kernels.paged_prefill import cut_chunks, paged_prefill
 from kernels.rms_norm import add_rms_norm
@@ -154,6 +157,61 @@ def show_prefill() -> None:
         print(f"  {num_seqs} x {length}: {took:8.1f} {flops / took / 1e6:6.0f}  torch", flush=True)
 
 
+def show_e4m3(rate: float) -> None:
+    """Attention from a cache of eight bits: half the bytes, and each number is converted."""
+    print(
+        "e4m3: us (TB/s / copy for decodes, TFLOP/s for prefill) by (stages, warps); bf16 beside it"
+    )
+    num_sms = torch.cuda.get_device_properties(DEVICE).multi_processor_count
+    scales = Scales(1.0, 1.0)
+    options = {"page_size": 16, "scale": 0.1, "sliding_window": None}
+    for num_seqs, length, heads in (
+        (1, 1088, 32), (1, 6000, 32), (32, 1088, 32), (128, 1088, 32), (256, 1000, 16),
+    ):  # fmt: skip
+        copies = int(max(2, min(40, 600 // (num_seqs * length * 0.004))))
+        table, caches, q, slots, positions = decode_inputs(num_seqs, length, heads, 8, copies)
+        stored = [[to_e4m3(part, 1.0) for part in cache] for cache in caches]
+        out = torch.empty_like(q)
+        counters = torch.zeros(num_seqs * 8, dtype=torch.int32, device=DEVICE)
+        cut = cut_sequences(positions, num_shares_of(8, num_sms), sliding_window=None)
+        shared = (table, slots, positions, cut, out, counters)
+        size = 2 * num_seqs * length * 8 * 128 / 1e6
+        cells = []
+        for stages, warps in ((2, 4), (3, 4), (4, 4), (2, 8)):
+            took = micros(
+                lambda i: paged_decode(
+                    q, *stored[i], *shared, **options, scales=scales, num_stages=stages,
+                    num_warps=warps,
+                ),
+                copies,
+            )  # fmt: skip
+            cells.append(f"{took:7.1f} ({size / took / rate:.2f}) {stages} {warps}")
+        took = micros(lambda i: paged_decode(q, *caches[i], *shared, **options), copies)
+        cells.append(f"bf16 {took:7.1f} ({2 * size / took / rate:.2f})")
+        print(f"  {num_seqs} x {length}, {heads}/8 heads: {'; '.join(cells)}", flush=True)
+    for num_seqs, length in ((8, 1024), (1, 8192)):
+        table, caches, _, _, _ = decode_inputs(num_seqs, length, 32, 8, 1)
+        stored = [to_e4m3(part, 1.0) for part in caches[0]]
+        q = torch.randn(num_seqs * length, 32, 128, dtype=BF16, device=DEVICE)
+        out = torch.empty_like(q)
+        chunks = [(i * length, length, 0, i) for i in range(num_seqs)]
+        shared = (table, torch.from_numpy(cut_chunks(chunks)).to(DEVICE), out)
+        flops = 4 * num_seqs * length**2 / 2 * 32 * 128
+        cells = []
+        for stages, warps in itertools.product((2, 3), (4, 8)):
+            took = micros(
+                lambda i: paged_prefill(
+                    q, *stored, *shared, **options, scales=scales, num_stages=stages,
+                    num_warps=warps,
+                ),
+                3,
+            )  # fmt: skip
+            cells.append(f"{took:8.1f} {flops / took / 1e6:6.0f}  {stages} {warps}")
+        took = micros(lambda i: paged_prefill(q, *caches[0], *shared, **options), 3)
+        cells.append(f"bf16 {took:8.1f} {flops / took / 1e6:6.0f}")
+        print(f"  prefill {num_seqs} x {length}: {'; '.join(cells)}", flush=True)
+
+
 def show_rows(rate: float) -> None:
     print("rows: us (TB/s / copy)")
     for rows, width in ((1, 1024), (1, 4096), (128, 4096), (8192, 4096)):
@@ -174,10 +232,15 @@ def show_rows(rate: float) -> None:
 def main() -> None:
     rate = copy_rate()
     print(f"device copy: {rate:.2f} TB/s, read and written")
-    show_rows(rate)
-    show_linear(rate)
-    show_decode(rate)
-    show_prefill()
+    parts: dict[str, Callable[[], None]] = {
+        "rows": lambda: show_rows(rate),
+        "linear": lambda: show_linear(rate),
+        "decode": lambda: show_decode(rate),
+        "prefill": show_prefill,
+        "e4m3": lambda: show_e4m3(rate),
+    }
+    for name in sys.argv[1:] or parts:
+        parts[name]()
 
 
 if __name__ == "__main__":
