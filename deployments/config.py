@@ -28,6 +28,7 @@ from urllib.parse import urlsplit
 import msgspec
 from msgspec import Struct
 
+from deployments.hosts import check_host
 from workers.config import EngineConfig
 
 
@@ -48,6 +49,8 @@ class ServiceSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """Keys clients must bring (`Authorization: Bearer ...`); none lets everybody in."""
     api_keys_file: str = ""
     """File with more of them, one a line (as it is, or its SHA-256); lines with # are comments."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Names clients may ask under (`Host`), such as api.example.com or *.internal; none: any."""
     max_ongoing_requests: int = 4096
     """HTTP requests one ingress takes at once."""
     resume_wait_s: float = 60.0
@@ -71,6 +74,8 @@ class ServiceSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         for name in ("resume_wait_s", "cluster_wait_s", "drain_s"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} must be 0 or a number above it")
+        for host in self.allowed_hosts:
+            check_host(host)
         if self.otlp_endpoint:
             _check_otlp(self.otlp_endpoint)
 

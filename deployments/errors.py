@@ -7,7 +7,8 @@
     │   ├── MethodNotAllowed      GET on a POST route        -> 405
     │   ├── RequestTimeout        body did not come in time  -> 408
     │   ├── TooLarge              body over the limit        -> 413
-    │   └── UnsupportedMediaType  body that is not JSON      -> 415
+    │   ├── UnsupportedMediaType  body that is not JSON      -> 415
+    │   └── WrongHost             none of `allowed_hosts`    -> 421
     ├── GenerationFailed          the model, not the engine  -> 500
     ├── Overloaded                try again soon             -> 429
     ├── EngineUnavailable         starting or restarting     -> 503
@@ -129,6 +130,16 @@ class UnsupportedMediaType(RequestError):
         super().__init__(
             "The request body must be JSON: send the header 'Content-Type: application/json'.",
             code="unsupported_media_type",
+        )
+
+
+class WrongHost(RequestError):
+    status = 421
+
+    def __init__(self) -> None:
+        super().__init__(
+            "This service does not answer under the name in the header 'Host'.",
+            code="misdirected_request",
         )
 
 

@@ -59,7 +59,8 @@ class Exchange:
         root = scope.get("root_path", "")
         self.path: str = scope["path"].removeprefix(root) or "/"
         self.query: bytes = scope.get("query_string", b"")
-        self.headers = {key.decode("latin-1"): value for key, value in scope["headers"]}
+        self._raw_headers: list[tuple[bytes, bytes]] = list(scope["headers"])
+        self.headers = {key.decode("latin-1"): value for key, value in self._raw_headers}
         self.begun = False
         self.status = 0
         """Of the response, once it has begun."""
@@ -81,6 +82,12 @@ class Exchange:
         if self.error is not None:
             return outcome_of(self.error)
         return Outcome.FINISHED if self._ended else Outcome.CANCELLED
+
+    @property
+    def hosts(self) -> list[str]:
+        """What the `Host` header says, empty if there is none; a forged request may have two."""
+        found = [value.decode("latin-1") for key, value in self._raw_headers if key == b"host"]
+        return found or [""]
 
     def header(self, name: str) -> str:
         return self.headers.get(name, b"").decode("latin-1")

@@ -66,6 +66,7 @@ class Ingress:
             client,
             ChatTokenizer.load(folder),
             model=config.model_name,
+            allowed_hosts=config.service.allowed_hosts,
             api_keys=(*config.service.api_keys, *read_keys(config.service.api_keys_file)),
             traces=_traces(config.service.otlp_endpoint, name),
         )

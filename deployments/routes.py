@@ -14,7 +14,13 @@ from typing import TYPE_CHECKING
 
 from deployments import page
 from deployments.counting import Outcome
-from deployments.errors import EngineUnavailable, MethodNotAllowed, NotFound, ServiceError
+from deployments.errors import (
+    EngineUnavailable,
+    MethodNotAllowed,
+    NotFound,
+    ServiceError,
+    WrongHost,
+)
 from deployments.exchange import (
     ASGIApp,
     ClientGone,
@@ -112,6 +118,9 @@ OPEN_ROUTES: Mapping[str, Handler] = {
 }
 """Probes, and the page, which holds no data: they need no API key."""
 
+PROBES = ("/livez", "/readyz", "/health")
+"""Asked by address, by whoever watches the service: they answer under any name."""
+
 TRACED = ("/v1/completions", "/v1/chat/completions")
 """Routes whose every request has a trace."""
 
@@ -133,7 +142,9 @@ def _route(service: Service, exchange: Exchange) -> tuple[Handler, str]:
 
 
 def _find_route(service: Service, exchange: Exchange) -> tuple[Handler, str]:
-    """Only open routes need no key."""
+    """Only open routes need no key, and only probes no name that is ours."""
+    if exchange.path not in PROBES and not all(map(service.hosts.allow, exchange.hosts)):
+        raise WrongHost
     open_to_all = OPEN_ROUTES.get(exchange.path)
     if open_to_all is not None:
         _check_method(exchange.method, "GET")

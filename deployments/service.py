@@ -20,6 +20,7 @@ from deployments.driver_client import DriverClient
 from deployments.errors import EngineUnavailable
 from deployments.exchange import ClientGone, Exchange, encode_json, event_of, outcome_of
 from deployments.generations import Generations
+from deployments.hosts import Hosts
 from deployments.request_plan import ModelLimits, Plan, check_model, plan_chat, plan_completion
 from deployments.schemas import parse_chat, parse_completion
 from deployments.tokenizer import ChatTokenizer
@@ -41,6 +42,7 @@ class Service:
         *,
         model: str,
         api_keys: Iterable[str] = (),
+        allowed_hosts: Iterable[str] = (),
         traces: "Traces | None" = None,
     ) -> None:
         """`traces` is told of every request for tokens; it is closed with the service."""
@@ -48,6 +50,7 @@ class Service:
         self.tokenizer = tokenizer
         self.model = model
         self.keys = Keys(api_keys)
+        self.hosts = Hosts(allowed_hosts)
         self.traces = traces
         self.created = int(time.time())
 

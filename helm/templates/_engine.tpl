@@ -33,12 +33,13 @@
 
 {{/*
 Settings as they are passed on, as JSON: only those that are set. Every host has an ingress where
-there are several, because the Serve service sends requests to every ready pod.
+there are several, because the Serve service sends requests to every ready pod. Where hosts are
+listed the Serve service's own name is one of them: the chart's test asks under it.
 */}}
 {{- define "lockstep.settings" -}}
 {{- $settings := dict -}}
 {{- range $name, $value := omit .Values.engine "model" -}}
-{{- if ne $value nil -}}
+{{- if not (kindIs "invalid" $value) -}}
 {{- $_ := set $settings $name $value -}}
 {{- end -}}
 {{- end -}}
@@ -48,6 +49,9 @@ there are several, because the Serve service sends requests to every ready pod.
 {{- if and (gt (int .Values.engine.num_nodes) 1) (not (hasKey $settings "num_ingress")) -}}
 {{- $_ := set $settings "num_ingress" (int .Values.engine.num_nodes) -}}
 {{- end -}}
+{{- with .Values.engine.allowed_hosts -}}
+{{- $_ := set $settings "allowed_hosts" (append . (include "lockstep.serveService" $)) -}}
+{{- end -}}
 {{- if .Values.auth.enabled -}}
 {{- $_ := set $settings "api_keys_file" "/etc/lockstep/api-keys" -}}
 {{- end -}}
@@ -56,7 +60,7 @@ there are several, because the Serve service sends requests to every ready pod.
 
 {{/* Settings that are passed to the service only: a batch speaks no HTTP. */}}
 {{- define "lockstep.serviceSettings" -}}
-host port metrics_port num_ingress api_keys_file max_ongoing_requests resume_wait_s drain_s otlp_endpoint
+host port metrics_port num_ingress api_keys_file allowed_hosts max_ongoing_requests resume_wait_s drain_s otlp_endpoint
 {{- end }}
 
 {{- define "lockstep.serveConfig" -}}

@@ -52,6 +52,7 @@ EVERYTHING: Values = {
         "max_num_batched_tokens": 2_000_000,
         "drain_s": 90,
         "host": "::",
+        "allowed_hosts": ["llm.example"],
         "cluster_wait_s": 60,
         "otlp_endpoint": "https://collector.example/otlp",
     },

@@ -272,6 +272,7 @@ def test_only_settings_that_are_given_are_passed_on(rendered):
     assert serve_config(rendered["everything"])["applications"][0]["args"] == {
         **EVERYTHING["engine"],
         "api_keys_file": "/etc/lockstep/api-keys",
+        "allowed_hosts": ["llm.example", "llama-serve-svc"],
     }
 
 
