@@ -285,6 +285,20 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation(
         "S10",
+        "a request does not go to where its beginning is cached",
+        "deployments/scheduler.py",
+        "scheduler.remaining_tokens + num_tokens - scheduler.num_cached_tokens(page_names)",
+        "scheduler.remaining_tokens + num_tokens",
+    ),
+    Mutation(
+        "S10",
+        "a request goes to the replica that has its beginning, whatever that has to do",
+        "deployments/scheduler.py",
+        "scheduler.remaining_tokens + num_tokens - scheduler.num_cached_tokens(page_names)",
+        "num_tokens - scheduler.num_cached_tokens(page_names)",
+    ),
+    Mutation(
+        "S10",
         "attention sees padding",
         "workers/layers/attention.py",
         "        num_real = num_rows if split is None else split.num_real\n",
