@@ -187,7 +187,9 @@ def table(rows: Sequence[Row], peer_name: str) -> str:
         said = [" ".join(filter(None, row.verdict))]
         if row.drift > MOST_DRIFT and row.case != "startup_s":
             said.append(f"our runs differ by {row.drift:.1%}")
-        if row.tokens_ok == "false":
+        if row.tokens_ok == "false" and row.tokens and row.tokens.get("wrong") == 0:
+            said.append(f"NOT RIGHT: log-probabilities up to {row.apart} apart")
+        elif row.tokens_ok == "false":
             said.append("WRONG TOKENS")
         elif row.tokens_ok:
             said.append(f"tokens right, {row.apart} apart")

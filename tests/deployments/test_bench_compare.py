@@ -229,6 +229,8 @@ def test_wrong_tokens_and_drift_are_told():
     assert row.tokens_ok == "false"
     shown = table([row], "peer")
     assert "WRONG TOKENS" in shown
+    noisy = row._replace(tokens={"value": False, "wrong": 0, "logprob_apart": {"largest": 0.7}})
+    assert "NOT RIGHT: log-probabilities up to 0.7 apart" in table([noisy], "peer")
     assert "our runs differ by 5.0%" in shown
 
 
