@@ -100,15 +100,18 @@ def test_float32_tokens_are_those_of_a_cpu(case, sampling, tmp_path):
     assert streams(new_runner(tmp_path, "cuda", dtype="float32"), sampling, 40) == expected
 
 
-@pytest.mark.parametrize("case", FAMILIES)
-def test_a_replay_gives_the_tokens_of_an_eager_run_of_its_rows(case, tmp_path):
+@pytest.mark.parametrize(
+    ("case", "cache"),
+    [*((case, "auto") for case in FAMILIES), ("llama", "fp8_e4m3"), ("qwen3", "fp8_e4m3")],
+)
+def test_a_replay_gives_the_tokens_of_an_eager_run_of_its_rows(case, cache, tmp_path):
     family, changes = FAMILIES[case]
     save_tiny(tmp_path, family, **changes)
-    runner = new_runner(tmp_path, "cuda", dtype="bfloat16")
+    runner = new_runner(tmp_path, "cuda", dtype="bfloat16", kv_cache_dtype=cache)
     buckets = watch_buckets(runner)
     replayed = streams(runner, GREEDY, 40)
     assert buckets == [4] * 40
-    runner = new_runner(tmp_path, "cuda", dtype="bfloat16")
+    runner = new_runner(tmp_path, "cuda", dtype="bfloat16", kv_cache_dtype=cache)
     graphs = runner._steps._graphs
     graphs._graphs = {b: each._replace(graph=None) for b, each in graphs._graphs.items()}
     assert streams(runner, GREEDY, 40) == replayed
