@@ -5,19 +5,17 @@ from torch import Tensor
 
 from parallel.context_gather import ContextGather
 from parallel.dp_attention import Activation, RowSplit
-from parallel.plan import Place, Rows
 from workers.batch import Attention, HeadAttention, ProjectionAttention
 from workers.layers.build import Build, even_share
 from workers.layers.fast import rope_rows
 from workers.layers.linear import (
     ColumnParallelLinear,
-    RowParallelLinear,
     even_columns,
     kv_columns,
 )
 from workers.layers.norm import UnitRms
 from workers.layers.rotary import Rotation
-from workers.layers.whole_rows import on_whole_rows
+from workers.layers.whole_rows import attention_output, on_real_rows, on_whole_rows
 from workers.weights import OneOf, Part, Source, everything
 
 
@@ -93,14 +91,7 @@ class SelfAttention:
         self.kv_scale_2 = torch.ones(2, dtype=torch.float32, device=build.device)
         """What stored keys and values are times, in a cache of fewer bits; 1 unless told."""
         self._scale_names = (f"{prefix}.k_scale", f"{prefix}.v_scale")
-        self._out = RowParallelLinear(
-            build,
-            f"{prefix}.o_proj",
-            config.num_heads * dim,
-            config.hidden_size,
-            place=Place(Rows.TP_ATTN_FULL, place.group),
-            bias=out_bias,
-        )
+        self._out = attention_output(build, prefix, config.num_heads * dim, bias=out_bias)
         self._group = group
         self._rows = place.rows
 
@@ -126,25 +117,26 @@ class SelfAttention:
         num_real = num_rows if split is None else split.num_real
         num_projected = self._num_rotated + self._num_kv_heads
         qkv_TND = self._qkv.forward(x_TD).view(num_rows, num_projected, self._head_dim)
-        if num_real == num_rows > 0:
-            return self._out.forward(self._read(qkv_TND, rotation, attention))
-        width = self._num_heads * self._head_dim
-        out_TN = qkv_TND.new_zeros(num_rows, width)
-        if num_real:  # padding has no place in any sequence, so attention never sees it
-            out_TN[:num_real] = self._read(qkv_TND[:num_real], rotation, attention)
+        out_TN = on_real_rows(
+            lambda qkv_TND: self._read(qkv_TND, rotation, attention),
+            qkv_TND,
+            self._num_heads * self._head_dim,
+            num_here=num_real,
+            num_read=num_real,
+        )
         return self._out.forward(out_TN)
 
     def _attend_in_part(
         self, x_TD: Tensor, rotation: Rotation, attention: HeadAttention, context: ContextGather
     ) -> Activation:
         """Rows of one part; the replica may have rows where this part has none."""
-        if context.num_here == x_TD.shape[0] > 0:
-            return self._out.forward(self._read_in_part(x_TD, rotation, attention, context))
-        width = self._num_heads * self._head_dim
-        out_TN = x_TD.new_zeros(x_TD.shape[0], width)
-        if context.num_rows:
-            here = slice(0, context.num_here)
-            out_TN[here] = self._read_in_part(x_TD[here], rotation, attention, context)
+        out_TN = on_real_rows(
+            lambda x_TD: self._read_in_part(x_TD, rotation, attention, context),
+            x_TD,
+            self._num_heads * self._head_dim,
+            num_here=context.num_here,
+            num_read=context.num_rows,
+        )
         return self._out.forward(out_TN)
 
     def _read_in_part(

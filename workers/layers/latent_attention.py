@@ -21,16 +21,15 @@ from torch import Tensor
 
 from parallel.context_gather import ContextGather
 from parallel.dp_attention import Activation, RowSplit
-from parallel.plan import Place, Rows
 from workers.batch import Attention, IndexRows, LatentRowAttention
 from workers.cache import RowShapes
 from workers.errors import BadModelConfig
 from workers.layers import fast
 from workers.layers.build import Build, even_share
-from workers.layers.linear import ColumnParallelLinear, Columns, RowParallelLinear, even_columns
+from workers.layers.linear import ColumnParallelLinear, Columns, even_columns
 from workers.layers.norm import LayerNorm, RMSNorm
 from workers.layers.rotary import Rotation
-from workers.layers.whole_rows import on_whole_rows
+from workers.layers.whole_rows import attention_output, on_real_rows, on_whole_rows
 from workers.model_config import IndexConfig, LatentConfig
 from workers.weights import Source
 
@@ -75,14 +74,8 @@ class LatentAttention:
         by_head = self._expand.weight_ND.view(self._num_heads, -1, latent.rank)
         self._keys_HNR = by_head[:, : latent.plain_dim]
         self._values_HRV = by_head[:, latent.plain_dim :].transpose(1, 2)
-        self._out = RowParallelLinear(
-            build,
-            f"{prefix}.o_proj",
-            config.num_heads * latent.value_dim,
-            config.hidden_size,
-            place=Place(Rows.TP_ATTN_FULL, place.group),
-            bias=config.attention_bias,
-        )
+        width = config.num_heads * latent.value_dim
+        self._out = attention_output(build, prefix, width, bias=config.attention_bias)
         self._indexer = None
         if latent.index is not None:
             self._indexer = Indexer(build, f"{prefix}.indexer", latent, latent.index)
@@ -115,14 +108,14 @@ class LatentAttention:
         split: RowSplit | None,
     ) -> Activation:
         context = None if split is None else split.context
-        num_rows = x_TD.shape[0]
-        num_here = num_rows if split is None else split.num_real
-        num_read = num_here if context is None else context.num_rows
-        if num_here == num_rows > 0:
-            return self._out.forward(self._read(x_TD, rotation, attention, context))
-        out_TN = x_TD.new_zeros(num_rows, self._num_heads * self._latent.value_dim)
-        if num_read:  # padding has no place in any sequence, so attention never sees it
-            out_TN[:num_here] = self._read(x_TD[:num_here], rotation, attention, context)
+        num_here = x_TD.shape[0] if split is None else split.num_real
+        out_TN = on_real_rows(
+            lambda x_TD: self._read(x_TD, rotation, attention, context),
+            x_TD,
+            self._num_heads * self._latent.value_dim,
+            num_here=num_here,
+            num_read=num_here if context is None else context.num_rows,
+        )
         return self._out.forward(out_TN)
 
     def _read(
