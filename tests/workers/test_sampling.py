@@ -6,8 +6,9 @@ import torch
 
 from kernels.philox import exponential_noise, words_all
 from workers.batch import StepRows
+from workers.drawing import Truncation, draw, lowest_kept
 from workers.protocol import Admit, Mask, Sampling, mask_bytes, pack
-from workers.sampling import Allowed, Sampled, Sampler, Truncation, draw, lowest_kept
+from workers.sampling import Allowed, Sampled, Sampler
 
 CPU = torch.device("cpu")
 GREEDY = Sampling(temperature=0.0)
