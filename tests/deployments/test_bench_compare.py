@@ -145,8 +145,8 @@ def test_whoever_ignores_the_request_to_end_is_killed():
     lines = []
     words = ["sh", "-c", "trap '' TERM; echo 1; sleep 300"]
     environment = {"PATH": os.environ["PATH"]}
-    reason = run_lines(words, lines.append, limit_s=2, environment=environment, grace_s=0.3)
-    assert reason == "was not done after 2 s"
+    reason = run_lines(words, lines.append, limit_s=3, environment=environment, grace_s=0.3)
+    assert reason == "was not done after 3 s"
     assert lines == ["1"]
 
 
