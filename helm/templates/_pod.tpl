@@ -24,6 +24,7 @@ capabilities:
 {{/* Ray reads these when it starts, so they are on every container that runs anything of Ray's. */}}
 {{- define "lockstep.rayEnv" -}}
 - {name: RAY_SERVE_ENABLE_HA_PROXY, value: "1"}
+- {name: RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S, value: "60"}
 - {name: RAY_AUTH_MODE, value: {{ .Values.rayAuth.mode | quote }}}
 - {name: RAY_USAGE_STATS_ENABLED, value: "0"}
 - {name: RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES, value: "1"}

@@ -34,6 +34,7 @@ def environment():
     ray = ("RAY_AUTH_MODE", "RAY_SERVE_ENABLE_HA_PROXY")
     kept = {name: value for name, value in os.environ.items() if name not in ray}
     return kept | {
+        "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "5",
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
     }
@@ -128,8 +129,11 @@ def test_serve_answers_and_leaves_nothing_behind(folder):
         try:
             url = f"http://127.0.0.1:{port}"
             wait_until_ready(url, service)
-            result = lockstep("chat", "What", "is", "128+305?", "--url", url)
-            assert result.stdout.strip() == "433"
+            with socket.create_connection(("127.0.0.1", port), timeout=30) as slow:
+                slow.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n")  # and no more
+                result = lockstep("chat", "What", "is", "128+305?", "--url", url)
+                assert result.stdout.strip() == "433"
+                assert slow.recv(1000).startswith(b"HTTP/1.1 408")
             members = processes_of_session(service.pid)
             assert len(members) > 5
             service.send_signal(signal.SIGINT)
