@@ -22,6 +22,7 @@ from workers.config import EngineConfig
 from workers.protocol import (
     LEDGER_HALF,
     PROTOCOL_VERSION,
+    STEP,
     Ack,
     Beat,
     Failed,
@@ -170,7 +171,7 @@ class Gang:
                 self.num_steps += 1
                 for body, ranks in zip(step.bodies, domain.replica_ranks, strict=True):
                     for rank in ranks:
-                        self._send(rank, b"s", step.header, body)
+                        self._send(rank, STEP, step.header, body, step.header_digest)
 
     def masks_due(self) -> list[MaskDue]:
         """Rows whose masks can be computed now; each is said once."""

@@ -4,8 +4,7 @@ A fault fires at the first step, from its own on, at which it can: `corrupt_ids`
 for a step that samples, `skip_collective` for one that communicates, `foreign_slot` (another
 group's) and `shifted_slot` (at another offset than on other ranks) for one that takes a slot.
 
-`other_plan` changes what a step's header says and no rank looks at: one that changes the sizes of
-collectives makes gloo end a peer, and it is that peer's death that is told.
+`other_plan` pads the replicas' rows to one more than the driver said: collectives of other sizes.
 
 `skip_collective` leaves out what goes through a transport. A sum that GPUs make over their peers'
 memory does not: who plants it sets `all_reduce="nccl"`.
@@ -73,7 +72,7 @@ class Failpoints:
         if not self.take("other_plan", step):
             return header
         told = decode_header(header)
-        return encode(structs.replace(told, mode=(told.mode + 1) % 4))
+        return encode(structs.replace(told, padded_rows=tuple(n + 1 for n in told.padded_rows)))
 
     def attach(self, groups: Groups) -> None:
         """Let this rank's memory and ledger go wrong when that is due."""

@@ -3,16 +3,16 @@
 Every message is msgpack of one of the structs below; nothing is pickled. Integer arrays travel as
 little-endian int32 bytes (`pack` and `unpack`), because a list of integers costs ten times as much.
 
-A driver's message to a rank is two or three frames: `STEP`, header, body for a step; `MASK` with
-a `Mask`; and `MESSAGE` with one of the structs for the rest; `ECHO` alone answers a beat, so that
-a rank knows that its driver lives. A rank's message is one frame, the struct.
+A driver's message to a rank begins with its kind: `STEP` with a header, a body and the header's
+`digest`; `MASK` with a `Mask`; `MESSAGE` with one of the structs for the rest; `ECHO` alone answers
+a beat, so that a rank knows that its driver lives. A rank's message is one frame, the struct.
 
 Driver to worker:  `Start`, `Serve`, then one `Header` + `Body` a step, at last `Stop`.
                    A step whose body has `num_masked` > 0 is followed, later, by one `Mask`.
 Worker to driver:  `Hello`, `Progress`, `Ready`, `Started`, then one `Ack` a step; `Beat` every
 250 ms from a thread of its own; `Failed` if it cannot go on.
 
-A step is two frames. The header is the same for every rank of a lockstep domain; the body holds
+Of a step, the header is the same for every rank of a lockstep domain; the body holds
 one replica's changes only. What goes on decoding is not named:
 
 - `leaves` go first, then `admits` enter, then `grow` gives slots their next page;
@@ -42,7 +42,7 @@ from numpy.typing import NDArray
 
 from parallel.padding_cost import PaddingCurves
 
-PROTOCOL_VERSION = 9
+PROTOCOL_VERSION = 10
 """Raised whenever a struct changes; a worker of another version is refused at `Hello`."""
 
 MAX_MESSAGE_BYTES = 64 * 2**20

@@ -161,8 +161,15 @@ class StepChain:
         self.step = -1
         """The last step that was accepted."""
 
-    def accept(self, header_bytes: bytes, body_bytes: bytes) -> tuple[Header, Body]:
+    def accept(
+        self, header_bytes: bytes, body_bytes: bytes, header_digest: bytes
+    ) -> tuple[Header, Body]:
         header = decode_header(header_bytes)
+        if digest(header_bytes) != header_digest:
+            raise StepRefused(
+                f"rank {self._rank} got a header for step {header.step} that is not the one the "
+                "driver sent"
+            )
         if header.epoch != self._epoch:
             raise StepRefused(
                 f"rank {self._rank} of epoch {self._epoch} got a step of epoch {header.epoch}"
@@ -188,7 +195,7 @@ class StepChain:
                 f"header names for replica {self._replica}"
             )
         body = decode_body(body_bytes)
-        self._previous, self.step = digest(header_bytes), header.step
+        self._previous, self.step = header_digest, header.step
         return header, body
 
 
@@ -393,7 +400,7 @@ class Worker:
         """A step or a mask. What follows a step that awaits its mask is kept until that comes."""
         if len(frames) == 2 and frames[0] == MASK:
             self._mask(decode_mask(frames[1]), runner)
-        elif len(frames) != 3 or frames[0] != STEP:
+        elif len(frames) != 4 or frames[0] != STEP:
             message = self._message(frames)
             raise StepRefused(
                 f"rank {self._spec.rank} waited for a step and got {type(message).__name__}"
@@ -411,7 +418,7 @@ class Worker:
     def _launch(self, frames: list[bytes], runner: Runner) -> None:
         began = time.perf_counter()
         told = self._failpoints.differ(frames[1], self._chain.step + 1)
-        header, body = self._chain.accept(told, frames[2])
+        header, body = self._chain.accept(told, frames[2], frames[3])
         self._failpoints.enter(header.step)
         if self._failpoints.take("skip_step", header.step):
             return

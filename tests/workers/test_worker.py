@@ -5,6 +5,7 @@ import threading
 import time
 from types import ModuleType
 
+import msgspec
 import pytest
 import zmq
 
@@ -29,6 +30,7 @@ from workers.protocol import (
     Mode,
     Ready,
     Start,
+    decode_header,
     digest,
     encode,
     pack,
@@ -97,21 +99,30 @@ def plan(step, previous=b"", epoch=1):
     header = header_of(
         (1,), epoch=epoch, step=step, mode=Mode.DECODE, bodies=(digest(body),), previous=previous
     )
-    return encode(header), body
+    told = encode(header)
+    return told, body, digest(told)
 
 
 def test_a_chain_of_steps_is_accepted():
     chain, previous = StepChain(epoch=1, rank=0, replica=0), b""
     for step in range(5):
-        header, body = plan(step, previous)
-        assert chain.accept(header, body)[0].step == step
-        previous = digest(header)
+        header, body, previous = plan(step, previous)
+        assert chain.accept(header, body, previous)[0].step == step
     assert chain.step == 4
 
 
 def test_an_epoch_begins_without_a_past():
     with pytest.raises(StepRefused, match="follows another header"):
         StepChain(epoch=1, rank=0, replica=0).accept(*plan(1, b"p" * 16))
+
+
+def test_a_header_that_changed_on_its_way_is_refused():
+    chain = StepChain(epoch=1, rank=0, replica=0)
+    header, body, named = plan(0)
+    other = encode(msgspec.structs.replace(decode_header(header), padded_rows=(2,)))
+    with pytest.raises(StepRefused, match="rank 0 got a header for step 0 that is not the one"):
+        chain.accept(other, body, named)
+    assert chain.accept(header, body, named)[0].step == 0
 
 
 def test_a_refused_step_changes_nothing():
@@ -152,9 +163,9 @@ def test_a_model_that_cannot_be_loaded_is_a_sentence_for_the_driver(link, run):
 def test_a_message_out_of_turn_is_refused(link, run):
     rank, driver = run(), TinyDriver(link, ALONE, epoch=1)
     driver.hellos()
-    driver.link.send(0, b"s", *plan(0))
+    driver.link.send(0, STEP, *plan(0))
     [(_, failed)] = driver.collect(Failed, 1, fatal=False)
-    assert "rank 0 waited for a message and got 3 frames of kind b's'" in failed.reason
+    assert "rank 0 waited for a message and got 4 frames of kind b's'" in failed.reason
     assert isinstance(rank.ended(), StepRefused)
 
 
@@ -170,7 +181,7 @@ def test_a_start_of_another_epoch_is_refused(link, run):
 def test_garbage_is_a_failure_and_not_a_crash(link, run):
     rank, driver = run(), TinyDriver(link, ALONE, epoch=1)
     driver.handshake()
-    driver.link.send(0, b"s", b"\xc1", b"")
+    driver.link.send(0, STEP, b"\xc1", b"", b"")
     [(_, failed)] = driver.collect(Failed, 1, fatal=False)
     assert failed.reason.startswith("DecodeError: ")
     rank.ended()
@@ -259,9 +270,9 @@ def test_failpoints_are_for_one_rank_and_epoch_and_fire_once():
 def send_masked(driver):
     """A step of three logit rows whose sampling waits for a mask of one."""
     body = encode(Body(num_masked=1))
-    header, _ = driver.plan(bodies=(digest(body),))
-    driver.link.send(0, STEP, header, body)
-    driver.previous[0] = digest(header)
+    header, _, named = driver.plan(bodies=(digest(body),))
+    driver.link.send(0, STEP, header, body, named)
+    driver.previous[0] = named
     driver.step[0] += 1
 
 
