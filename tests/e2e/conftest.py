@@ -80,7 +80,7 @@ def driver_handle():
     return serve.get_deployment_handle("Driver", app_name=APP)
 
 
-def wait_ready(url, timeout_s=60.0):
+def wait_ready(url, timeout_s=100.0):
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         with contextlib.suppress(httpx.HTTPError):
