@@ -58,6 +58,12 @@ class Driver:
         """Where every rank runs: node, process, device."""
         return self._engine.ranks()
 
+    async def num_in_flight(self) -> int:
+        """Generations that have not ended, as the ingresses last said or as the ranks have them."""
+        engine = self._engine
+        known = engine.num_waiting + engine.num_running
+        return max(known, engine.accounts.totals().in_flight)
+
     async def metrics_address(self) -> str:
         """host:port of /metrics; empty if it is off."""
         return self._metrics.address

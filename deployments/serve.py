@@ -27,10 +27,14 @@ from workers.config import ray_address, set_ray_environment
 
 APP_NAME = "lockstep"
 
+LOOK_S = 0.5
+"""Between two looks at what is under way; longer than a beat is by default."""
+
 
 def serve_forever(config: ServiceConfig) -> int:
     """Serve until SIGINT or SIGTERM; 2 if the settings are wrong, 1 if it cannot start.
 
+    Requests that run then have `drain_s` to finish; a second signal ends them.
     What the settings and config.json alone show to be wrong is a ValueError, before anything runs.
     """
     settings = config.service
@@ -63,7 +67,9 @@ def serve_forever(config: ServiceConfig) -> int:
             flush=True,
         )
         stop.wait()
+        stop.clear()
         print("lockstep: stopping; requests that are running may finish", flush=True)
+        _drain(settings.drain_s, stop)
     return 0
 
 
@@ -177,6 +183,23 @@ def _deploy(config: ServiceConfig) -> str:
     except RuntimeError:
         return _why(serve.status())
     return ""
+
+
+def _drain(limit_s: float, stop: threading.Event) -> None:
+    """Wait until no request is under way, `limit_s` are over or `stop` is set once more.
+
+    Serve ends driver and ingresses of a deleted application side by side, and a driver that is
+    gone takes the ranks along: so nothing is deleted before this.
+    """
+    from ray import serve
+
+    deadline = time.monotonic() + limit_s
+    with contextlib.suppress(Exception):  # no driver that could be asked has no requests
+        driver = serve.get_deployment_handle("Driver", APP_NAME)
+        # A look follows a pause: ingresses say with each beat what they have under way.
+        while time.monotonic() < deadline and not stop.wait(LOOK_S):
+            if not driver.num_in_flight.remote().result(timeout_s=10):
+                return
 
 
 def _why(status: Any) -> str:

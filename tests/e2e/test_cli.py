@@ -1,5 +1,6 @@
 """The command line as a user meets it: a service that starts and stops, and clear refusals."""
 
+import json
 import os
 import shutil
 import signal
@@ -117,8 +118,19 @@ def test_a_port_that_is_taken_is_named():
     assert f"port {port} on 127.0.0.1 cannot be had" in result.stdout
 
 
+LONG = {
+    "model": "model",
+    "prompt": "a",
+    "max_tokens": 1200,
+    "ignore_eos": True,
+    "stream": True,
+}
+"""An answer that takes seconds."""
+
+
+@pytest.mark.timeout(180)
 def test_serve_answers_and_leaves_nothing_behind(folder):
-    """With a model folder, so that its path marks every process that belongs to this service."""
+    """What runs when it is told to stop is answered to the end."""
     port = free_port()
     command = [sys.executable, "-m", "deployments.cli", "serve", "--model", str(folder)]
     command += ["--port", str(port), "--tp-size", "2", "--device", "cpu", "--metrics-port", "-1"]
@@ -136,7 +148,16 @@ def test_serve_answers_and_leaves_nothing_behind(folder):
                 assert slow.recv(1000).startswith(b"HTTP/1.1 408")
             members = processes_of_session(service.pid)
             assert len(members) > 5
-            service.send_signal(signal.SIGINT)
+            body = json.dumps(LONG)
+            headers = {"content-type": "application/json"}
+            with httpx.stream(
+                "POST", f"{url}/v1/completions", content=body, headers=headers, timeout=60
+            ) as answer:
+                events = (line for line in answer.iter_lines() if line)
+                assert next(events).startswith("data: {")
+                service.send_signal(signal.SIGINT)
+                *_, last = events
+            assert last == "data: [DONE]"
             told = service.communicate(timeout=60)[0]
         finally:
             service.kill()
