@@ -39,25 +39,37 @@ def _transport(group: Group) -> Transport:
     return group.transport
 
 
-def _enter(op: Op, group: Group, send: Tensor, receive: Tensor, note: str = "") -> Transport:
+def _enter(
+    op: Op,
+    group: Group,
+    send: Tensor,
+    receive: Tensor,
+    note: str = "",
+    *,
+    in_one_buffer: bool = False,
+) -> Transport:
     """Judge and record a collective that is about to be made."""
     transport = _transport(group)
-    path, reason, places = judge(op, group, send, receive)
+    path, reason, places = judge(op, group, send, receive, in_one_buffer=in_one_buffer)
     call = Call(op, group.name, send.shape, group.is_shared, path, reason or note, places)
     group.ledger.record(call)
     group.ledger.inside = group.ledger.num_collectives
     return transport
 
 
-def all_reduce(x: Tensor, group: Group) -> Tensor:
-    """Sum `x` over `group`, and return the sum: `x` itself, or memory that holds for a step."""
+def all_reduce(x: Tensor, group: Group, *, in_one_buffer: bool = False) -> Tensor:
+    """Sum `x` over `group`, and return the sum: `x` itself, or memory that holds for a step.
+
+    `in_one_buffer` says that `x` are all rows of ranks whose shares are uneven: ordinary memory is
+    right for them.
+    """
     if group.size == 1:
         return x
     path = group.sums.peer_path(x)
     if path is not None and group.sums.peers is not None:
         _record_peer_sum(group, x, path)
         return group.sums.peers.reduce(path, x)
-    transport = _enter("all_reduce", group, x, x)
+    transport = _enter("all_reduce", group, x, x, in_one_buffer=in_one_buffer)
     transport.all_reduce(x)
     group.ledger.inside = 0
     return x

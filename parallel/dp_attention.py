@@ -276,13 +276,13 @@ def gather_all(x_SD: Tensor, split: RowSplit, tp: Group) -> Tensor:
         return slots if split.is_even else slots.index_select(0, split.slots)
     all_ND = x_SD.new_zeros(split.total, *x_SD.shape[1:])
     all_ND[split.share_in_all] = x_SD
-    return all_reduce(all_ND, tp)
+    return all_reduce(all_ND, tp, in_one_buffer=True)
 
 
 def sum_to_share(x_ND: Tensor, split: RowSplit, tp: Group) -> Tensor:
     """This rank's share of all rows, summed over all ranks."""
     if not split.is_even and not split.uses_slots:
-        return all_reduce(x_ND, tp)[split.share_in_all]
+        return all_reduce(x_ND, tp, in_one_buffer=True)[split.share_in_all]
     slots = x_ND
     if not split.is_even:
         shape = (tp.size * split.longest, *x_ND.shape[1:])

@@ -160,8 +160,13 @@ def _buffer(role: Role, group: Group, shape: Sequence[int], like: Tensor) -> Ten
     return like.new_empty(shape) if memory is None else memory.empty(shape, like)
 
 
-def judge(op: Op, group: Group, send: Tensor, receive: Tensor) -> Verdict:
-    """What the collective about to be made runs on; in strict mode a fallback raises."""
+def judge(
+    op: Op, group: Group, send: Tensor, receive: Tensor, *, in_one_buffer: bool = False
+) -> Verdict:
+    """What the collective about to be made runs on; in strict mode a fallback raises.
+
+    `in_one_buffer`: rows in uneven shares are summed in a buffer of all rows, which no slot is for.
+    """
     arena = group.arena
     if not arena.is_open:
         return NOT_JUDGED
@@ -183,7 +188,7 @@ def judge(op: Op, group: Group, send: Tensor, receive: Tensor) -> Verdict:
     if not flawed:
         return Verdict("symmetric", "", seen)
     if all(flaw == "outside" for _, flaw in flawed):
-        reason = _excuse(op, group, send)
+        reason = "uneven_rows" if in_one_buffer else _excuse(op, group, send)
         if reason:
             return Verdict("chosen", reason, seen)
     side, flaw = flawed[0]
