@@ -4,7 +4,8 @@ A fault fires at the first step, from its own on, at which it can: `corrupt_ids`
 for a step that samples, `skip_collective` for one that communicates, `foreign_slot` (another
 group's) and `shifted_slot` (at another offset than on other ranks) for one that takes a slot.
 
-`other_plan` pads the replicas' rows to one more than the driver said: collectives of other sizes.
+`other_plan` pads the replicas' rows to one more than the driver said. The header's digest tells,
+before any collective has another size than on other ranks.
 
 `skip_collective` leaves out what goes through a transport. A sum that GPUs make over their peers'
 memory does not: who plants it sets `all_reduce="nccl"`.

@@ -164,12 +164,12 @@ class StepChain:
     def accept(
         self, header_bytes: bytes, body_bytes: bytes, header_digest: bytes
     ) -> tuple[Header, Body]:
-        header = decode_header(header_bytes)
         if digest(header_bytes) != header_digest:
             raise StepRefused(
-                f"rank {self._rank} got a header for step {header.step} that is not the one the "
+                f"rank {self._rank} got a header for step {self.step + 1} that is not the one the "
                 "driver sent"
             )
+        header = decode_header(header_bytes)
         if header.epoch != self._epoch:
             raise StepRefused(
                 f"rank {self._rank} of epoch {self._epoch} got a step of epoch {header.epoch}"
@@ -423,7 +423,7 @@ class Worker:
         if self._failpoints.take("skip_step", header.step):
             return
         pending = runner.launch(header, body, self._replica)
-        self._in_flight.append(_InFlight(header.step, digest(told), pending, began))
+        self._in_flight.append(_InFlight(header.step, frames[3], pending, began))
         self._awaits_mask = body.num_masked > 0
 
     def _mask(self, mask: Mask, runner: Runner) -> None:

@@ -122,6 +122,8 @@ def test_a_header_that_changed_on_its_way_is_refused():
     other = encode(msgspec.structs.replace(decode_header(header), padded_rows=(2,)))
     with pytest.raises(StepRefused, match="rank 0 got a header for step 0 that is not the one"):
         chain.accept(other, body, named)
+    with pytest.raises(StepRefused, match="rank 0 got a header for step 0 that is not the one"):
+        chain.accept(b"\xc1" + header[1:], body, named)  # nor is it a message any more
     assert chain.accept(header, body, named)[0].step == 0
 
 
@@ -181,7 +183,7 @@ def test_a_start_of_another_epoch_is_refused(link, run):
 def test_garbage_is_a_failure_and_not_a_crash(link, run):
     rank, driver = run(), TinyDriver(link, ALONE, epoch=1)
     driver.handshake()
-    driver.link.send(0, STEP, b"\xc1", b"", b"")
+    driver.link.send(0, STEP, b"\xc1", b"", digest(b"\xc1"))
     [(_, failed)] = driver.collect(Failed, 1, fatal=False)
     assert failed.reason.startswith("DecodeError: ")
     rank.ended()
