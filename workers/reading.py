@@ -132,7 +132,10 @@ def read_pieces(pieces: Sequence[Piece]) -> Iterator[Piece]:
     with ExitStack() as stack:
         descriptors: dict[Path, int] = {}
         for file in {piece.file for piece in pieces}:
-            descriptors[file] = stack.enter_context(file.open("rb", buffering=0)).fileno()
+            try:
+                descriptors[file] = stack.enter_context(file.open("rb", buffering=0)).fileno()
+            except OSError as error:
+                raise BadCheckpoint(f"{file} cannot be read: {error}") from error
         pool = stack.enter_context(ThreadPoolExecutor(num_lanes, "weights"))
         yield from pool.map(fill, in_turns(pieces))
 

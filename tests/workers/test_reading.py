@@ -128,6 +128,15 @@ def test_a_disk_that_fails_is_named_with_its_file(tmp_path, monkeypatch):
     assert str(refusal.value) == f"{file} cannot be read: [Errno 5] Input/output error"
 
 
+def test_a_file_that_is_gone_since_its_header_was_read_is_named(tmp_path):
+    file, entry, whole = saved(tmp_path)
+    pieces = list(cut("it", entry, (slice(0, 100), slice(0, 4)), torch.empty_like(whole)))
+    file.unlink()
+    with pytest.raises(BadCheckpoint) as refusal:
+        list(read_pieces(pieces))
+    assert str(refusal.value).startswith(f"{file} cannot be read: [Errno 2] No such file")
+
+
 @pytest.mark.usefixtures("small_pieces")
 def test_several_files_are_read_at_once(tmp_path, monkeypatch):
     """Every reader waits for all others to have begun: one at a time would wait for ever."""
