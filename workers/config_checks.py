@@ -1,14 +1,13 @@
 """What a config.json may ask for that is not offered, or that does not fit together."""
 
 from pathlib import Path
-from typing import Any, cast
 
 from workers.config_json import ConfigFile
 from workers.errors import BadModelConfig
 
 
-def check_offered(file: ConfigFile, fields: dict[str, Any], path: Path) -> None:
-    quantized = cast(dict[str, Any], fields.get("quantization_config") or {})
+def check_offered(file: ConfigFile, path: Path) -> None:
+    quantized = file.quantization_config
     is_cache_alone = quantized.get("kv_cache_scheme") and not quantized.get("config_groups")
     if quantized and not is_cache_alone:
         method = quantized.get("quant_method", "unknown")

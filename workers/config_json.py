@@ -87,6 +87,7 @@ class ConfigFile(Struct, frozen=True, kw_only=True):
     index_n_heads: int = 64
     index_head_dim: int = 128
     num_nextn_predict_layers: int = 0
+    quantization_config: dict[str, Any] = {}
     eos_token_id: int | tuple[int, ...] = ()
 
     @property

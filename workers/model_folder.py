@@ -31,7 +31,7 @@ def read_folder(
     architecture = _architecture(fields, defaults_by_architecture, path)
     fields = {**defaults_by_architecture[architecture], **fields}
     file = convert(fields, ConfigFile, path)
-    check_offered(file, fields, path)
+    check_offered(file, path)
     check_sizes(file, path)
     rope, max_positions = read_rope(file, path)
     return ModelConfig(

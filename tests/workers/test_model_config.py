@@ -212,6 +212,10 @@ REFUSED = {
         "describes weights quantized by awq, which is not offered: use the model's bfloat16, "
         "float16 or float32 checkpoint",
     ),
+    "quantized in a word": (
+        {"quantization_config": "awq"},
+        ": Expected `object`, got `str` - at `$.quantization_config`",
+    ),
     "layer types": (
         {"layer_types": ["linear_attention"] * 4},
         "has layers of type linear_attention and there is full_attention and sliding_attention",
