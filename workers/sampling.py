@@ -92,7 +92,7 @@ class _Draws(NamedTuple):
     temperature_N1: Tensor
     seed_N: Tensor
     nonce_N: Tensor
-    truncation: "Truncation | None"
+    truncation: Truncation | None
 
 
 class _Penalties(NamedTuple):
