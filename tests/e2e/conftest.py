@@ -33,6 +33,8 @@ def ray_and_serve():
     """A single-node Ray with Serve behind HAProxy on a free port; nothing of it is left behind."""
     os.environ["RAY_SERVE_HAPROXY_METRICS_PORT"] = str(free_port())
     os.environ["RAY_SERVE_HAPROXY_STATS_PORT"] = str(free_port())
+    # Serve kills a proxy that is not up after 5 s, which a busy machine may take.
+    os.environ["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"] = "30"
     import ray
     from ray import serve
 
