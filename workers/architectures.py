@@ -5,23 +5,13 @@
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from parallel.plan import ModelLayers, Plan, compile_plan
 from workers import bundled
 from workers.config import EngineConfig
 from workers.model_config import ModelConfig
-from workers.model_folder import read_folder
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Architecture:
-    defaults: Mapping[str, object] = field(default_factory=dict)
-    """What the family means by fields that its config.json leaves out."""
-    gathers_in_attention: bool = False
-    """Its attention can gather and scatter rows inside the block (`disable_attn_tp_gather`)."""
-
+from workers.model_folder import Architecture, read_folder
 
 LATENT = {"kv_lora_rank": 512}
 
@@ -42,10 +32,21 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "DeepseekV2ForCausalLM": Architecture(
         defaults=LATENT | {"n_routed_experts": 64, "n_shared_experts": 2},
         gathers_in_attention=True,
+        experts="n_routed_experts",
+        needs=("kv_lora_rank",),
+        may_normalise=False,
     ),
-    "DeepseekV3ForCausalLM": Architecture(defaults=DEEPSEEK_V3, gathers_in_attention=True),
+    "DeepseekV3ForCausalLM": Architecture(
+        defaults=DEEPSEEK_V3,
+        gathers_in_attention=True,
+        experts="n_routed_experts",
+        needs=("kv_lora_rank",),
+    ),
     "DeepseekV32ForCausalLM": Architecture(
-        defaults=DEEPSEEK_V3 | {"index_topk": 2048}, gathers_in_attention=True
+        defaults=DEEPSEEK_V3 | {"index_topk": 2048},
+        gathers_in_attention=True,
+        experts="n_routed_experts",
+        needs=("kv_lora_rank", "q_lora_rank"),
     ),
     "LlamaForCausalLM": Architecture(),
     "MixtralForCausalLM": Architecture(
@@ -56,6 +57,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             "num_experts_per_tok": 2,
         },
         gathers_in_attention=True,
+        experts="num_local_experts",
     ),
     "Qwen2ForCausalLM": Architecture(defaults={"sliding_window": 4096}),
     "Qwen3ForCausalLM": Architecture(defaults={"sliding_window": 4096, "head_dim": 128}),
@@ -66,14 +68,14 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             "moe_intermediate_size": 768,
         },
         gathers_in_attention=True,
+        experts="num_experts",
     ),
 }
 
 
 def read_model_config(folder: Path) -> ModelConfig:
     """The folder's config.json; refuses architectures that are not in `ARCHITECTURES`."""
-    defaults = {name: one.defaults for name, one in ARCHITECTURES.items()}
-    return read_folder(folder, defaults)
+    return read_folder(folder, ARCHITECTURES)
 
 
 def layers_of(config: ModelConfig) -> ModelLayers:

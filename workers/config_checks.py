@@ -54,6 +54,11 @@ def check_sizes(file: ConfigFile, path: Path) -> None:
         )
     if file.sliding_window is not None and file.sliding_window < 1:
         raise BadModelConfig(f"{path}: sliding_window={file.sliding_window} must be at least 1")
+    if file.index_topk is not None and file.index_head_dim < file.qk_rope_head_dim:
+        raise BadModelConfig(
+            f"{path}: index_head_dim={file.index_head_dim} must be at least qk_rope_head_dim="
+            f"{file.qk_rope_head_dim}"
+        )
 
 
 def check_routing(file: ConfigFile, num_experts: int, chosen: int, path: Path) -> None:

@@ -91,6 +91,11 @@ class ConfigFile(Struct, frozen=True, kw_only=True):
     eos_token_id: int | tuple[int, ...] = ()
 
     @property
+    def expert_count(self) -> int:
+        """Under whichever name; 0 without experts."""
+        return self.num_experts or self.num_local_experts or self.n_routed_experts or 0
+
+    @property
     def kv_heads(self) -> int:
         if self.kv_lora_rank is not None:
             return 1  # all heads share the latent

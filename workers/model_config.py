@@ -6,6 +6,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from workers.errors import BadModelConfig
+
 DTypeName = Literal["float32", "bfloat16", "float16"]
 RopeKind = Literal["default", "linear", "llama3", "yarn"]
 
@@ -34,6 +36,8 @@ class RopeConfig:
 class IndexConfig:
     """Sparse attention (DeepSeek-V3.2): an indexer says which tokens a row reads."""
 
+    query_rank: int
+    """Numbers that its queries are made from."""
     num_heads: int
     head_dim: int
     num_chosen: int
@@ -122,6 +126,20 @@ class ModelConfig:
                 window if kind == "sliding_attention" else None for kind in self.layer_types
             )
         return tuple(window if i >= first_layer else None for i in range(self.num_layers))
+
+    @property
+    def experts(self) -> MoeConfig:
+        """`moe` of an architecture that has experts, which reading its folder has made sure of."""
+        if self.moe is None:
+            raise BadModelConfig(f"{self.architecture} without experts")
+        return self.moe
+
+    @property
+    def attention_latent(self) -> LatentConfig:
+        """`latent` of an architecture whose attention has one; see `experts`."""
+        if self.latent is None:
+            raise BadModelConfig(f"{self.architecture} without a latent")
+        return self.latent
 
     def has_dense_layers(self) -> bool:
         moe = self.moe

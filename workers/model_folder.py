@@ -1,10 +1,12 @@
 """What a model folder says of its model: config.json and generation_config.json, checked once.
 
-Nothing here knows an architecture; what a family means by a field it leaves out comes from the
-registry (`workers.architectures`), and no code in the folder is ever imported.
+Nothing here knows an architecture; what a family means by a field it leaves out, and what it cannot
+do without, comes from the registry (`workers.architectures`). No code in the folder is ever
+imported.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -22,17 +24,39 @@ from workers.model_config import (
 )
 
 
-def read_folder(
-    folder: Path, defaults_by_architecture: Mapping[str, Mapping[str, object]]
-) -> ModelConfig:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Architecture:
+    defaults: Mapping[str, object] = field(default_factory=dict)
+    """What the family means by fields that its config.json leaves out."""
+    gathers_in_attention: bool = False
+    """Its attention can gather and scatter rows inside the block (`disable_attn_tp_gather`)."""
+    experts: str = ""
+    """What its config.json calls the number of experts, if it cannot be without."""
+    needs: tuple[str, ...] = ()
+    """Other sizes that its config.json must give."""
+    may_normalise: bool = True
+    """It says what `norm_topk_prob` means: that the chosen experts' weights sum to one."""
+
+
+def read_folder(folder: Path, architectures: Mapping[str, Architecture]) -> ModelConfig:
     """Read a folder's config; the mapping's keys are the architectures there is code for."""
     path = folder / "config.json"
     fields = read_object(path)
-    architecture = _architecture(fields, defaults_by_architecture, path)
-    fields = {**defaults_by_architecture[architecture], **fields}
-    file = convert(fields, ConfigFile, path)
+    architecture = _architecture(fields, architectures, path)
+    family = architectures[architecture]
+    file = convert({**family.defaults, **fields}, ConfigFile, path)
     check_offered(file, path)
     check_sizes(file, path)
+    missing = [name for name in family.needs if not getattr(file, name)]
+    if family.experts and not file.expert_count:
+        missing.insert(0, family.experts)
+    if missing:
+        raise BadModelConfig(f"{path}: {architecture} needs {' and '.join(missing)} above 0")
+    if file.norm_topk_prob and not family.may_normalise:
+        raise BadModelConfig(
+            f"{path}: {architecture} with norm_topk_prob=true is not offered: its implementations "
+            "disagree on what that means, and no published model has it"
+        )
     rope, max_positions = read_rope(file, path)
     return ModelConfig(
         architecture=architecture,
@@ -93,6 +117,7 @@ def _latent(file: ConfigFile, rope: RopeConfig) -> LatentConfig | None:
     index = None
     if file.index_topk is not None:
         index = IndexConfig(
+            query_rank=file.q_lora_rank or 0,
             num_heads=file.index_n_heads,
             head_dim=file.index_head_dim,
             num_chosen=file.index_topk,
@@ -110,7 +135,7 @@ def _latent(file: ConfigFile, rope: RopeConfig) -> LatentConfig | None:
 
 
 def _moe(file: ConfigFile, path: Path) -> MoeConfig | None:
-    num_experts = file.num_experts or file.num_local_experts or file.n_routed_experts
+    num_experts = file.expert_count
     if not num_experts:
         return None
     chosen = file.num_experts_per_tok

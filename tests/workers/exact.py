@@ -73,7 +73,7 @@ def deepseek_config(dense_layers: Sequence[int], num_layers: int) -> ModelConfig
             value_dim=2,
             is_interleaved=True,
             scale=1.0,
-            index=IndexConfig(num_heads=4, head_dim=4, num_chosen=3),
+            index=IndexConfig(query_rank=6, num_heads=4, head_dim=4, num_chosen=3),
         ),
         moe=moe,
     )

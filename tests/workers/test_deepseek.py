@@ -150,13 +150,23 @@ def test_what_is_not_offered_is_refused(case, tmp_path):
         read_model_config(tmp_path)
 
 
-def test_an_indexer_needs_compressed_queries(tmp_path):
+INDEX_REFUSED = {
+    "plain queries": ({"q_lora_rank": None}, "DeepseekV32ForCausalLM needs q_lora_rank above 0"),
+    "narrow keys": (
+        {"index_head_dim": 2},
+        f"index_head_dim=2 must be at least qk_rope_head_dim={LATENT['qk_rope_head_dim']}",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", INDEX_REFUSED)
+def test_an_indexer_that_cannot_be_built_is_refused(case, tmp_path):
+    changes, sentence = INDEX_REFUSED[case]
     save_tiny(tmp_path, "DeepseekV32", **LATENT, **GROUPS, **INDEX, index_topk=4)
     fields = json.loads((tmp_path / "config.json").read_text())
-    del fields["q_lora_rank"]
-    (tmp_path / "config.json").write_text(json.dumps(fields))
-    with pytest.raises(BadModelConfig, match="needs q_lora_rank"):
-        load(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(fields | changes))
+    with pytest.raises(BadModelConfig, match=sentence):
+        read_model_config(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -248,6 +248,32 @@ def test_what_is_not_offered_is_refused_with_a_sentence(case, tmp_path):
     assert said == sentence
 
 
+@pytest.mark.parametrize(
+    ("architecture", "changes", "sentence"),
+    [
+        ("Qwen3MoeForCausalLM", {}, "needs num_experts above 0"),
+        ("MixtralForCausalLM", {"num_local_experts": 0}, "needs num_local_experts above 0"),
+        (
+            "DeepseekV3ForCausalLM",
+            {"n_routed_experts": 0, "kv_lora_rank": 0},
+            "needs n_routed_experts and kv_lora_rank above 0",
+        ),
+        (
+            "DeepseekV2ForCausalLM",
+            {"num_experts_per_tok": 2, "norm_topk_prob": True},
+            "with norm_topk_prob=true is not offered: its implementations disagree on what that "
+            "means, and no published model has it",
+        ),
+    ],
+)
+def test_a_model_that_lacks_what_its_family_is_made_of_is_refused(
+    architecture, changes, sentence, tmp_path
+):
+    with pytest.raises(BadModelConfig) as refusal:
+        read(tmp_path, LLAMA | {"architectures": [architecture]} | changes)
+    assert str(refusal.value).endswith(f"config.json: {architecture} {sentence}")
+
+
 def test_a_checkpoint_whose_cache_alone_is_quantized_is_read(tmp_path):
     quantized = {"quant_method": "compressed-tensors", "kv_cache_scheme": {"num_bits": 8}}
     read(tmp_path, LLAMA | {"quantization_config": quantized | {"config_groups": {}}})

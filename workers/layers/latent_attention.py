@@ -23,7 +23,6 @@ from parallel.context_gather import ContextGather
 from parallel.dp_attention import Activation, RowSplit
 from workers.batch import Attention, IndexRows, LatentRowAttention
 from workers.cache import RowShapes
-from workers.errors import BadModelConfig
 from workers.layers import fast
 from workers.layers.build import Build, even_share
 from workers.layers.linear import ColumnParallelLinear, Columns, even_columns
@@ -78,7 +77,7 @@ class LatentAttention:
         self._out = attention_output(build, prefix, width, bias=config.attention_bias)
         self._indexer = None
         if latent.index is not None:
-            self._indexer = Indexer(build, f"{prefix}.indexer", latent, latent.index)
+            self._indexer = Indexer(build, f"{prefix}.indexer", latent.index)
         self.kv_scale_2 = None
         self.cache_shapes: RowShapes = ((row_width,),)
         """The row of a token, and its key for the indexer; the same on all attn_tp ranks."""
@@ -206,18 +205,13 @@ class LatentAttention:
 class Indexer:
     """Queries, weights and keys that say which tokens a row reads; whole on every rank."""
 
-    def __init__(self, build: Build, prefix: str, latent: LatentConfig, index: IndexConfig) -> None:
+    def __init__(self, build: Build, prefix: str, index: IndexConfig) -> None:
         config = build.config
-        if latent.query_rank is None or index.head_dim < config.head_dim:
-            raise BadModelConfig(
-                f"{config.architecture} needs q_lora_rank, and index_head_dim={index.head_dim} of "
-                f"at least qk_rope_head_dim={config.head_dim}"
-            )
         self._index = index
         self._rotated_dim = config.head_dim
         self._query = ColumnParallelLinear(
             build,
-            latent.query_rank,
+            index.query_rank,
             (_whole(f"{prefix}.wq_b", index.num_heads * index.head_dim),),
             bias=False,
         )

@@ -6,22 +6,14 @@ the last that guess further tokens (multi-token prediction) may be in a checkpoi
 read.
 """
 
-from workers.errors import BadModelConfig
 from workers.layers.build import Build
 from workers.layers.latent_attention import LatentAttention
 from workers.layers.mlp import GatedMLP
 from workers.layers.moe import MLP, ExpertNames, FusedExpertNames, GroupedRouter, SparseMLP
-from workers.model_config import LatentConfig, MoeConfig
 from workers.models.decoder import Decoder, DecoderLayer
 
 
 def build_deepseek_v2(build: Build) -> Decoder:
-    moe = build.config.moe
-    if moe is not None and moe.norm_topk_prob:
-        raise BadModelConfig(
-            "DeepseekV2ForCausalLM with norm_topk_prob=true: its implementations disagree on what "
-            "that means, and no published model has it"
-        )
     return _build(build, has_bias=False)
 
 
@@ -32,20 +24,13 @@ def build_deepseek_v3(build: Build) -> Decoder:
 
 def _build(build: Build, *, has_bias: bool) -> Decoder:
     config = build.config
-    if config.moe is None or config.latent is None:
-        raise BadModelConfig(
-            f"{config.architecture} needs n_routed_experts and kv_lora_rank in config.json"
-        )
     layers = range(config.num_layers)
-    return Decoder(
-        build, [_layer(build, i, config.moe, config.latent, has_bias=has_bias) for i in layers]
-    )
+    return Decoder(build, [_layer(build, i, has_bias=has_bias) for i in layers])
 
 
-def _layer(
-    build: Build, layer: int, moe: MoeConfig, latent: LatentConfig, *, has_bias: bool
-) -> DecoderLayer:
-    attention = LatentAttention(build, layer, latent)
+def _layer(build: Build, layer: int, *, has_bias: bool) -> DecoderLayer:
+    moe = build.config.experts
+    attention = LatentAttention(build, layer, build.config.attention_latent)
     prefix = f"model.layers.{layer}.mlp"
     mlp_bias = build.config.mlp_bias
     place = build.plan.mlps[layer]

@@ -1,6 +1,5 @@
 """Mixtral: all layers sparse, the chosen experts' weights always made to sum to one."""
 
-from workers.errors import BadModelConfig
 from workers.layers.attention import SelfAttention
 from workers.layers.build import Build
 from workers.layers.moe import ExpertNames, FusedExpertNames, SoftmaxRouter, SparseMLP
@@ -10,10 +9,8 @@ from workers.models.decoder import Decoder, DecoderLayer
 
 def build_mixtral(build: Build) -> Decoder:
     config = build.config
-    if config.moe is None:
-        raise BadModelConfig(f"{config.architecture} needs num_local_experts in config.json")
     windows = config.layer_windows(config.sliding_window, first_layer=0)
-    return Decoder(build, [_layer(build, i, config.moe, w) for i, w in enumerate(windows)])
+    return Decoder(build, [_layer(build, i, config.experts, w) for i, w in enumerate(windows)])
 
 
 def _layer(build: Build, layer: int, moe: MoeConfig, window: int | None) -> DecoderLayer:

@@ -1,6 +1,5 @@
 """Qwen3-MoE: Qwen3's attention, with sparse layers between dense ones."""
 
-from workers.errors import BadModelConfig
 from workers.layers.attention import SelfAttention
 from workers.layers.build import Build
 from workers.layers.mlp import GatedMLP
@@ -11,11 +10,9 @@ from workers.models.decoder import Decoder, DecoderLayer
 
 def build_qwen3_moe(build: Build) -> Decoder:
     config = build.config
-    if config.moe is None:
-        raise BadModelConfig(f"{config.architecture} needs num_experts in config.json")
     window = config.sliding_window if config.use_sliding_window else None
     windows = config.layer_windows(window, first_layer=0)
-    return Decoder(build, [_layer(build, i, config.moe, w) for i, w in enumerate(windows)])
+    return Decoder(build, [_layer(build, i, config.experts, w) for i, w in enumerate(windows)])
 
 
 def _layer(build: Build, layer: int, moe: MoeConfig, window: int | None) -> DecoderLayer:

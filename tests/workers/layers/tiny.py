@@ -43,7 +43,7 @@ CONFIG = ModelConfig(
 LATENT = LatentConfig(
     query_rank=12, rank=10, plain_dim=6, value_dim=6, is_interleaved=True, scale=0.3
 )
-INDEX = IndexConfig(num_heads=4, head_dim=8, num_chosen=2)
+INDEX = IndexConfig(query_rank=12, num_heads=4, head_dim=8, num_chosen=2)
 
 
 def latent_of(architecture: str) -> LatentConfig | None:
