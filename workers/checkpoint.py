@@ -60,7 +60,11 @@ def read_entries(folder: Path) -> dict[str, Entry]:
             raise BadCheckpoint(
                 f"{file} is missing though {index.name} names it: download the checkpoint again"
             )
-        for name, entry in _read_header(file).items():
+        try:
+            header = _read_header(file)
+        except OSError as error:
+            raise BadCheckpoint(f"{file} cannot be read: {error}") from error
+        for name, entry in header.items():
             if placed is not None and placed.get(name, file.name) != file.name:
                 continue
             if name in entries:

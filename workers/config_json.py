@@ -116,7 +116,7 @@ def read_object(path: Path) -> dict[str, Any]:
     """The file's fields; null means left out."""
     try:
         fields = msgspec.json.decode(path.read_bytes())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise BadModelConfig(
             f"{path} does not exist: `model` must be a folder with a Hugging Face config.json, "
             "tokenizer.json and safetensors files"

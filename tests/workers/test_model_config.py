@@ -296,6 +296,12 @@ def test_a_missing_config_is_refused(tmp_path):
     )
 
 
+def test_the_file_in_place_of_its_folder_is_refused(tmp_path):
+    write(tmp_path, LLAMA)
+    with pytest.raises(BadModelConfig, match="`model` must be a folder with"):
+        read_model_config(tmp_path / "config.json")
+
+
 def test_a_config_that_is_no_json_object_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("[1, 2]")
     with pytest.raises(BadModelConfig, match=r"config\.json holds a list, not an object$"):

@@ -195,6 +195,13 @@ def test_integers_are_refused(folder):
     )
 
 
+def test_a_file_that_cannot_be_read_is_refused(folder):
+    file = file_of(folder, "model.norm.weight")
+    file.unlink()
+    file.mkdir()  # root may read every file
+    assert refusal_of(folder) == f"{file} cannot be read: [Errno 21] Is a directory: '{file}'"
+
+
 def test_a_truncated_file_is_refused(folder):
     file = file_of(folder, "model.norm.weight")
     content = file.read_bytes()
