@@ -125,16 +125,12 @@ def pad_by_cost(num_rows: Sequence[int], costs: PaddingCosts, *, row_multiple: i
 
 
 def _at(rows: Sequence[int], micros: Sequence[float], count: int) -> float:
-    """Between two sizes on the line through them, past the last on its line; none costs nothing."""
+    """On the line through the two sizes about it, or the nearest two; no rows cost nothing."""
     if count == 0:
         return 0.0
-    place = bisect_left(rows, count)
-    if place == 0:
+    if len(rows) == 1:
         return micros[0]
-    if place == len(rows):
-        if place == 1:
-            return micros[0]
-        place -= 1
+    place = min(max(1, bisect_left(rows, count)), len(rows) - 1)
     low, high = rows[place - 1], rows[place]
     slope = (micros[place] - micros[place - 1]) / (high - low)
-    return micros[place - 1] + slope * (count - low)
+    return max(0.0, micros[place - 1] + slope * (count - low))

@@ -235,6 +235,13 @@ MUTATIONS: tuple[Mutation, ...] = (
         "    return Activation(out_TD[: split.num_share], rows)\n",
     ),
     Mutation(
+        "S8",
+        "a lone decode is padded to a bucket of more rows",
+        "parallel/padding.py",
+        "SMALL_BUCKETS = range(1, 9)\n",
+        "SMALL_BUCKETS = range(2, 9)\n",
+    ),
+    Mutation(
         "S9",
         "the attention-TP size for dense layers is taken for 1",
         "parallel/plan.py",
@@ -268,6 +275,13 @@ MUTATIONS: tuple[Mutation, ...] = (
         "parallel/padding_cost.py",
         "    return min(every, key=costs.of)\n",
         "    return min(reversed(every), key=costs.of)\n",
+    ),
+    Mutation(
+        "S10",
+        "padding is timed at too few sizes to know where cost has kinks",
+        "workers/padding_times.py",
+        "SHARES = (FEW, MANY, 32, 2048, 8, 128, 512, 8192, 64, 1024, 4096, 16, 4, 2)\n",
+        "SHARES = (FEW, MANY, 32, 2048)\n",
     ),
     Mutation(
         "S10",

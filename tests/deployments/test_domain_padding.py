@@ -6,7 +6,10 @@ from deployments.domain import Domain
 from deployments.requests import Request
 from deployments.scheduler import Scheduler
 from parallel.layout import Layout
+from parallel.padding import buckets_up_to
 from parallel.padding_cost import PaddingCosts, PaddingCurves
+from workers.architectures import plan_of
+from workers.config import EngineConfig
 from workers.protocol import Mode, Padding, decode_header
 
 pytestmark = pytest.mark.row("S10")
@@ -113,6 +116,38 @@ def test_one_replica_is_padded_to_a_bucket_without_a_gather():
     add(one, 0, 2)
     _, decodes = headers(one, 2)
     assert (decodes.bucket, decodes.padding, decodes.padded_rows) == (4, Padding.NONE, (4,))
+
+
+@pytest.mark.row("S8")
+@pytest.mark.parametrize(
+    ("settings", "rows"),
+    [
+        ({"tp_size": 1}, 1),
+        ({"tp_size": 8}, 1),
+        ({"tp_size": 8, "dp_size": 8, "enable_dp_attention": True}, 1),
+        ({"tp_size": 2, "dp_size": 4}, 1),
+        # A reduce-scatter gives each of a replica's ranks, or parts, a share of its rows.
+        ({"tp_size": 8, "dp_size": 2, "enable_dp_attention": True}, 4),
+        ({"tp_size": 8, "moe_dense_tp_size": 1}, 8),
+        ({"tp_size": 2, "attn_cp_size": 2}, 2),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else str(value),
+)
+def test_a_lone_decode_runs_in_the_bucket_of_one_row_where_nothing_is_scattered(settings, rows):
+    config = EngineConfig(**settings)
+    plan, layout = plan_of(config), config.layout
+    schedulers = [
+        Scheduler(num_pages=64, page_size=4, max_num_seqs=8, max_num_batched_tokens=64)
+        for _ in range(layout.num_replicas)
+    ]
+    one = Domain(
+        layout, 0, schedulers, epoch=1, depth=99, row_multiple=plan.row_multiple,
+        shares_rows=plan.crosses_replicas, buckets=buckets_up_to(8, plan.row_multiple),
+    )  # fmt: skip
+    add(one, 0, 3)
+    _, decode = headers(one, 2)
+    assert decode.bucket == rows
+    assert set(decode.padded_rows) == {rows}
 
 
 def always(way):
