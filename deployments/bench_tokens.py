@@ -17,26 +17,15 @@ import statistics
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from deployments.bench_cases import Timed, sample
 from deployments.llm import LLM, Answer, SamplingParams
 from workers.protocol import TokenLogprobs
 
 MEAN_APART, LARGEST_APART = 0.05, 0.5
 """Of log-probabilities, decoded and read. bfloat16 gives means up to 0.01 in models of many layers
 (measured); others saw 0.32 between two engines at worst (vLLM, pull request 18352)."""
-NUM_SAMPLED = 8
-"""Answers of a case that are read again."""
 NUM_TOLD = 2
 """Likeliest tokens told of each place: those that may change places."""
-
-
-class Timed(NamedTuple):
-    """What a case has timed."""
-
-    case: str
-    prompts: list[list[int]]
-    """What was asked at once, or as much of it as is to run again."""
-    answers: list[Answer]
-    """In the same order."""
 
 
 class Reading(NamedTuple):
@@ -53,19 +42,9 @@ def greedy(length: int, logprobs: int | None = None) -> SamplingParams:
     return SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=length, logprobs=logprobs)
 
 
-def sample(answers: Sequence[Answer], num: int = NUM_SAMPLED) -> list[int]:
-    """Which answers are read again: evenly many, the first among them.
-
-    >>> sample([Answer([1]), Answer([2]), Answer([3]), Answer([4])], 2)
-    [0, 2]
-    """
-    num = min(num, len(answers))
-    return [number * len(answers) // num for number in range(num)]
-
-
-def read_again(llm: LLM, timed: Timed) -> Reading:
+def read_again(llm: LLM, timed: Timed[Answer]) -> Reading:
     """Run a case's requests once more, and read its answers, and theirs, as prompts."""
-    picked = sample(timed.answers)
+    picked = sample(len(timed.answers))
     params = [
         greedy(len(answer.ids), NUM_TOLD if number in picked else None)
         for number, answer in enumerate(timed.answers)

@@ -82,11 +82,12 @@ def _bench(benchmark: str, args: dict[str, Any]) -> int:
         from deployments.bench_step import bench_step
 
         return bench_step(args.pop("cases"), args, json_file=args.pop("json"))
-    from deployments.bench import QUICK, Workload, offline
+    from deployments.bench import offline
+    from deployments.bench_cases import FULL, QUICK
 
     return offline(
         args,
-        workload=QUICK if args.pop("quick") else Workload(),
+        workload=QUICK if args.pop("quick") else FULL,
         cases=args.pop("cases"),
         check_tokens=args.pop("check_tokens"),
     )

@@ -1,7 +1,7 @@
 """Us beside another engine, on one machine in one run: ours, the peer, ours, model by model.
 
-    python -m tests.bench.compare --models 8b 0.6b --peer-name "vLLM 0.24.0" \\
-        --peer-command "python3 bench_vllm.py {model} {tp}" --peer-path /tmp/vs --deadline-s 570
+    python -m tests.bench.compare --models 8b 0.6b --peer-name "vLLM 0.24.0" --deadline-s 570 \\
+        --peer-command "python3 -m tests.bench.peer_vllm {model} {tp}" --peer-path /tmp/vs
     python -m tests.bench.compare --from-lines compare.jsonl        # the rows of an earlier run
 
 The peer is any command that prints one JSON line a case, `{"case": "bs1_tpot_ms", "value": 5.1}`;

@@ -3,8 +3,9 @@ from dataclasses import replace
 
 import pytest
 
-from deployments.bench import Bench, Workload, WrongAnswer, offline
-from deployments.bench_tokens import Reading, Timed, greedy, read_again, verdicts
+from deployments.bench import generate_on, offline
+from deployments.bench_cases import Cases, Timed, Workload, WrongAnswer
+from deployments.bench_tokens import Reading, greedy, read_again, verdicts
 from deployments.cli import main
 from deployments.llm import LLM, Answer
 from deployments.presets import PRESETS, write_preset
@@ -57,19 +58,12 @@ def test_presets_are_models_we_know(name, tmp_path):
     assert plan_of(EngineConfig(model=str(folder))).row_multiple == 1
 
 
-class Liar:
-    """An engine that answers one token too few."""
-
-    def generate(self, prompts, params, *, detokenize):
-        return [
-            Answer(list(prompt), ids=[0] * (one.max_tokens - 1))
-            for prompt, one in zip(prompts, params, strict=True)
-        ]
-
-
 def test_an_answer_of_the_wrong_length_is_no_result():
+    def one_token_too_few(prompts, lengths):
+        return [Answer([], ids=[0] * (length - 1)) for length in lengths]
+
     with pytest.raises(WrongAnswer, match="were asked"):
-        next(Bench(Liar(), SMALL).cases())
+        next(Cases(one_token_too_few, SMALL).run())
 
 
 class OneTokenWrong:
@@ -95,9 +89,9 @@ def llm():
 
 def test_one_wrong_token_in_a_timed_run_is_found(llm):
     wrong = OneTokenWrong(llm)
-    bench = Bench(wrong, SMALL)
-    names = [case["case"] for case in bench.cases()]
-    checks = bench.checks()
+    bench = Cases(generate_on(wrong), SMALL)
+    names = [case["case"] for case in bench.run()]
+    checks = verdicts([read_again(wrong, timed) for timed in bench.timed])
     assert wrong.num_planted == 1
     assert [check["of"] for check in checks] == names
     assert [check["value"] for check in checks] == [True, False, True]

@@ -7,11 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deployments.bench_cases import FULL
 from tests.bench import compare
 from tests.bench.ratios import FLOORS, GOALS, Line, Row, read_line, rows_of, table
 from tests.bench.side_process import run_lines
@@ -44,6 +46,46 @@ sleep 300 &
 echo $! > "$PID_FILE"
 wait
 """
+
+
+VLLM = """
+import json, sys
+from types import SimpleNamespace as Any
+class SamplingParams:
+    def __init__(self, *, max_tokens, temperature, ignore_eos, detokenize):
+        assert (temperature, ignore_eos, detokenize) == (0.0, True, False)
+        self.max_tokens = max_tokens
+class LLM:
+    def __init__(self, *, model, **settings):
+        assert json.load(open(model + "/config.json"))["num_hidden_layers"] == 28
+        print(json.dumps(settings), file=sys.stderr)
+    def generate(self, prompts, params, use_tqdm):
+        for prompt, one in zip(prompts, params, strict=True):
+            assert set(prompt) == {"prompt_token_ids"}
+        return [Any(outputs=[Any(token_ids=(7,) * one.max_tokens)]) for one in params]
+"""
+
+
+def test_vllm_is_asked_the_same_requests_and_needs_no_package_of_ours(tmp_path):
+    (tmp_path / "vllm.py").write_text(VLLM)
+    words = ["tests.bench.peer_vllm", "0.6b", "2", "--set", '{"max_num_seqs": 256}']
+    ran = subprocess.run(
+        [sys.executable, "-S", "-m", *words],
+        env={"PYTHONPATH": str(tmp_path)},
+        cwd=Path(compare.__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    lines = [json.loads(text) for text in ran.stdout.splitlines()]
+    assert [line["case"] for line in lines] == ["startup_s", *FULL.cases]
+    assert all((line["engine"], line["model"], line["tp"]) == ("vllm", "0.6b", 2) for line in lines)
+    assert lines[-1]["out_tokens"] == 133_966
+    given = json.loads(ran.stderr.splitlines()[0])
+    assert given["max_num_seqs"] == 256
+    assert given["tensor_parallel_size"] == 2
+    assert given["enable_prefix_caching"] is False
 
 
 @pytest.fixture
