@@ -12,6 +12,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from deployments.alignment import Prompts, align
 from deployments.scheduler import Accepted, Plan, Scheduler
 from parallel.layout import Layout
 from parallel.padding import PaddingMode, align_rows, choose_bucket, pad_rows
@@ -90,13 +91,15 @@ class Domain:
         buckets: Sequence[int] = (),
         padding: PaddingMode | None = None,
         costs: PaddingCosts | None = None,
+        most_held: int = 0,
     ) -> None:
         """`depth` steps may be under way at once: 2 overlaps planning with computing.
 
         `row_multiple` and `shares_rows` are the collective plan's: what a replica's rows are padded
         to a multiple of, and whether rows of different replicas meet. `buckets` are the rows of the
         decode graphs that all ranks have captured. Other steps are padded as `padding` says, else
-        by `costs`, else by the rule.
+        by `costs`, else by the rule. Prompts are held for at most `most_held` steps, to begin with
+        those of other replicas (`deployments.alignment`).
         """
         self.index = index
         self.ranks = layout.domain_ranks(index)
@@ -110,6 +113,10 @@ class Domain:
         self._buckets = tuple(buckets)
         self._padding: PaddingMode | None = padding
         self._costs = costs
+        self._most_held = most_held
+        self._prompts = Prompts.GO
+        self.num_held = 0
+        """Steps in a row, up to now, that held prompts."""
         self._previous = b""
         self.under_way: deque[Step] = deque()
 
@@ -120,7 +127,8 @@ class Domain:
     def next_step(self) -> Step:
         """Plan a step on every replica, idle ones included, so that all ranks enter it."""
         number = self.num_steps
-        plans = [scheduler.plan_step(number) for scheduler in self.schedulers]
+        begins = self._prompts_begin()
+        plans = [s.plan_step(number, admits_prompts=begins) for s in self.schedulers]
         bodies = [encode(plan.body) for plan in plans]
         num_rows = tuple(plan.num_rows for plan in plans)
         mode = _mode(plans)
@@ -145,6 +153,21 @@ class Domain:
         step.mask_is_due = any(plan.masked_rows for plan in plans)
         self.under_way.append(step)
         return step
+
+    def _prompts_begin(self) -> bool:
+        if self._most_held == 0:
+            return True
+        self._prompts = align(
+            self._prompts,
+            [scheduler.num_beginnable for scheduler in self.schedulers],
+            [len(scheduler.waiting) for scheduler in self.schedulers],
+            [len(scheduler.decoding) for scheduler in self.schedulers],
+            num_reading=sum(len(scheduler.prefilling) for scheduler in self.schedulers),
+            num_held=self.num_held,
+            most=self._most_held,
+        )
+        self.num_held = self.num_held + 1 if self._prompts is Prompts.HELD else 0
+        return self._prompts is not Prompts.HELD
 
     def _pad(self, num_rows: tuple[int, ...], mode: int) -> tuple[int, int, tuple[int, ...]]:
         """(bucket, padding, how many rows each replica computes): MLP sync, at no collective.

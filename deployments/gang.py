@@ -368,6 +368,7 @@ class Gang:
                     buckets=self.model.buckets,
                     padding=None if padding in ("auto", "rule") else padding,
                     costs=costs,
+                    most_held=self.config.prefill_delayer_max_delay_passes,
                 )
             )
         self.serving = True

@@ -154,9 +154,15 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """Whether a step planned now would have rows."""
-        if self.decoding or self.prefilling:
-            return True
-        return bool(self.waiting) and self._can_admit(self.waiting[0], self._find(self.waiting[0]))
+        return bool(self.decoding or self.prefilling) or self.num_beginnable > 0
+
+    @property
+    def num_beginnable(self) -> int:
+        """Waiting requests, if there is room for the first of them now."""
+        waiting = self.waiting
+        if not waiting or not self._can_admit(waiting[0], self._find(waiting[0])):
+            return 0
+        return len(waiting)
 
     @property
     def remaining_tokens(self) -> int:
@@ -174,8 +180,11 @@ class Scheduler:
 
     # A step
 
-    def plan_step(self, step: int) -> Plan:
-        """The next step's plan; call only after the results of all but one earlier plan."""
+    def plan_step(self, step: int, *, admits_prompts: bool = True) -> Plan:
+        """The next step's plan; call only after the results of all but one earlier plan.
+
+        Without `admits_prompts` who waits goes on waiting, and prompts already begun go on.
+        """
         preempted = self._make_room()
         grow_slots: list[int] = []
         grow_pages: list[int] = []
@@ -205,7 +214,7 @@ class Scheduler:
             chunks.append(self._chunk(request, room, step))
             room -= chunks[-1].num_tokens
         admits: list[Admit] = []
-        while room > 0 and self.waiting:
+        while admits_prompts and room > 0 and self.waiting:
             found = self._find(self.waiting[0])
             if not self._can_admit(self.waiting[0], found):
                 break

@@ -313,6 +313,27 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation(
         "S10",
+        "prompts wait for others that nobody has asked for",
+        "deployments/alignment.py",
+        "    num_queues = sum(count > 0 for count in num_waiting)\n",
+        "    num_queues = len(num_waiting)\n",
+    ),
+    Mutation(
+        "S10",
+        "a prompt waits for others without end",
+        "deployments/alignment.py",
+        "    if num_open == 0 or num_held >= most or num_reading or sum",
+        "    if num_open == 0 or num_reading or sum",
+    ),
+    Mutation(
+        "S10",
+        "prompts begin when they come, whatever was set",
+        "deployments/gang.py",
+        "                    most_held=self.config.prefill_delayer_max_delay_passes,\n",
+        "",
+    ),
+    Mutation(
+        "S10",
         "attention sees padding",
         "workers/layers/attention.py",
         "        num_real = num_rows if split is None else split.num_real\n",

@@ -76,6 +76,8 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """How GPUs sum rows: auto measures all ways at each start (see README), nccl takes NCCL's."""
     padding: Literal["auto", "rule", "max_len", "sum_len"] = "rule"
     """Rows of attention replicas: by the rule, by cost measured at each start, or always alike."""
+    prefill_delayer_max_delay_passes: int = 0
+    """Steps a prompt may wait for those that queue on other attention replicas; 0: it begins."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of weights and activations; auto is the checkpoint's on a GPU and float32 on a CPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -110,8 +112,9 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.max_restarts < 0:
-            raise ValueError(f"max_restarts={self.max_restarts} must not be negative")
+        for name in ("max_restarts", "prefill_delayer_max_delay_passes"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         if self.max_model_len is not None and self.max_model_len < 2:
             raise ValueError(f"max_model_len={self.max_model_len} must be at least 2")
         if self.max_num_batched_tokens < self.max_num_seqs:

@@ -25,6 +25,10 @@ def test_settings_may_be_strings_as_a_command_line_gives_them():
         ({"tp_size": 0}, "tp_size=0 must be at least 1"),
         ({"max_queued_requests": 0}, "max_queued_requests=0 must be at least 1"),
         ({"max_restarts": -1}, "max_restarts=-1 must not be negative"),
+        (
+            {"prefill_delayer_max_delay_passes": -1},
+            "prefill_delayer_max_delay_passes=-1 must not be negative",
+        ),
         ({"kv_cache_gb": "nan"}, "kv_cache_gb=nan must be above 0"),
         ({"step_timeout_s": "inf"}, "step_timeout_s=inf must be above 0"),
         ({"seed": str(2**64)}, f"seed={2**64} must be a number of 64 bits"),

@@ -355,3 +355,33 @@ def test_padding_that_is_set_is_what_headers_say():
     one.pump(2.0)
     header = decode_header(wire.last(0)[1])
     assert (header.padding, header.padded_rows) == (Padding.MAX_LEN, (6, 6))
+
+
+@pytest.mark.row("S10")
+@pytest.mark.parametrize(
+    ("most", "rows"),
+    [(0, [(2, 2), (2, 2), (2, 2), (2, 2)]), (2, [(2, 2), (1, 2), (1, 2), (2, 2)])],
+)
+def test_a_prompt_waits_for_one_that_queues_as_long_as_was_set(most, rows):
+    """Both replicas' slots are taken; the first gets one back, and on the second one queues."""
+    settings = SHARED | {"max_num_seqs": 2, "prefill_delayer_max_delay_passes": most}
+    [domain] = bring_up(EngineConfig(**settings))[0].domains
+    for replica, lengths in ((0, (1, 9, 9)), (1, (9, 9, 9))):
+        for number, length in enumerate(lengths):
+            domain.schedulers[replica].add(
+                Request(
+                    key=(b"a", 10 * replica + number),
+                    tokens=[5],
+                    num_prompt=1,
+                    max_tokens=length,
+                    arrival=number,
+                )
+            )
+    seen = []
+    for _ in range(4):
+        step = domain.next_step()
+        domain.under_way.clear()
+        for scheduler, plan in zip(domain.schedulers, step.plans, strict=True):
+            scheduler.apply(step.number, [9] * len(plan.sampled))
+        seen.append(step.told.num_rows)
+    assert seen == rows
