@@ -15,44 +15,16 @@ Shapes: T rows, D model width, K choices of a row, N = T * K choices, E experts 
 an expert.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
 
+from kernels.expert_tiles import RULE, Tile, TileTable
 from kernels.launch import begin, has_pdl, refuse_unless
 
 LIST_BLOCK = 1024
-
-
-class Tiles(NamedTuple):
-    """Rows and outputs of a program, how much of the inner dimension at once, and how it is run."""
-
-    rows: int
-    gate_cols: int
-    down_cols: int
-    inner: int
-    num_warps: int
-    num_stages: int
-
-
-def choose_tiles(num_choices: int, num_experts: int) -> Tiles:
-    """By how many rows an expert has on average: few rows are a matter of reading weights.
-
-    >>> choose_tiles(8, 128).rows, choose_tiles(1024, 128).rows, choose_tiles(65536, 128).rows
-    (16, 16, 128)
-    """
-    rows = num_choices / num_experts
-    if num_choices <= 64:
-        return Tiles(16, 16, 32, 128, 4, 4)
-    if rows <= 16:
-        return Tiles(16, 32, 64, 128, 4, 3)
-    if rows <= 96:
-        return Tiles(64, 64, 128, 64, 4, 3)
-    return Tiles(128, 64, 128, 64, 8, 3)
 
 
 @triton.jit(do_not_specialize=["num_choices", "first"])
@@ -229,10 +201,13 @@ def fused_moe(
     *,
     first: int,
     num_real: int,
-    tiles: Tiles | None = None,
+    table: TileTable = RULE,
     out: Tensor | None = None,
 ) -> Tensor:
-    """The sum of each row's experts, weighted; (T, D). `gate_up_END` has gates above ups."""
+    """The sum of each row's experts, weighted; (T, D). `gate_up_END` has gates above ups.
+
+    `table` says how the products are cut; see `kernels.expert_tiles`.
+    """
     num_rows, hidden = x_TD.shape
     num_chosen, width = expert_TK.shape[1], down_EDI.shape[2]
     refuse_unless(
@@ -256,8 +231,7 @@ def fused_moe(
     if num_rows == 0 or num_real == 0:
         return out_TD.zero_()
     num_choices = num_rows * num_chosen
-    tiles = tiles or choose_tiles(num_choices, num_real)
-    num_tiles = min(num_choices, num_real + num_choices // tiles.rows)
+    gate_up, down = table.choose(num_choices, num_real)
     device, pdl = x_TD.device, has_pdl(x_TD)
     list_EN = torch.empty(num_real, num_choices, dtype=torch.int32, device=device)
     count_E = torch.empty(num_real, dtype=torch.int32, device=device)
@@ -276,7 +250,7 @@ def fused_moe(
         num_warps=4,
         launch_pdl=pdl,
     )
-    _gate_up_kernel[(triton.cdiv(width, tiles.gate_cols), num_tiles)](
+    _gate_up_kernel[_grid(width, gate_up, num_choices, num_real)](
         x_TD,
         gate_up_END,
         list_EN,
@@ -287,17 +261,17 @@ def fused_moe(
         num_chosen,
         width,
         hidden,
-        ROWS=tiles.rows,
-        COLS=tiles.gate_cols,
-        INNER=tiles.inner,
+        ROWS=gate_up.rows,
+        COLS=gate_up.cols,
+        INNER=gate_up.inner,
         EXPERTS=experts,
-        STAGES=tiles.num_stages,
+        STAGES=gate_up.num_stages,
         PRECISION=precision,
         PDL=pdl,
-        num_warps=tiles.num_warps,
+        num_warps=gate_up.num_warps,
         launch_pdl=pdl,
     )
-    _down_kernel[(triton.cdiv(hidden, tiles.down_cols), num_tiles)](
+    _down_kernel[_grid(hidden, down, num_choices, num_real)](
         gated_NI,
         down_EDI,
         list_EN,
@@ -308,14 +282,14 @@ def fused_moe(
         num_choices,
         hidden,
         width,
-        ROWS=tiles.rows,
-        COLS=tiles.down_cols,
-        INNER=tiles.inner,
+        ROWS=down.rows,
+        COLS=down.cols,
+        INNER=down.inner,
         EXPERTS=experts,
-        STAGES=tiles.num_stages,
+        STAGES=down.num_stages,
         PRECISION=precision,
         PDL=pdl,
-        num_warps=tiles.num_warps,
+        num_warps=down.num_warps,
         launch_pdl=pdl,
     )
     block = min(1024, triton.next_power_of_2(hidden))
@@ -334,6 +308,12 @@ def fused_moe(
         launch_pdl=pdl,
     )
     return out_TD
+
+
+def _grid(width: int, tile: Tile, num_choices: int, num_experts: int) -> tuple[int, int]:
+    """Programs for the most tiles that so many choices can form."""
+    num_tiles = min(num_choices, num_experts + num_choices // tile.rows)
+    return triton.cdiv(width, tile.cols), num_tiles
 
 
 def fused_moe_reference(

@@ -467,6 +467,13 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation(
         "S13",
+        "experts run the tiles that were measured at the largest size",
+        "kernels/expert_tiles.py",
+        "self.measured[sizes[min(bisect_left(sizes, num_choices), len(sizes) - 1)]]",
+        "self.measured[sizes[-1]]",
+    ),
+    Mutation(
+        "S13",
         "parts of a sequence are added up as if all weighed the same",
         "kernels/paged_decode.py",
         "        shrink, grow = tl.exp2(highest - new_highest), tl.exp2(weight - new_highest)\n",

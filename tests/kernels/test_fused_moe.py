@@ -1,19 +1,34 @@
 import pytest
 import torch
 
-from kernels.fused_moe import Tiles, choose_tiles, fused_moe, fused_moe_reference
+from kernels import fused_moe as module
+from kernels.expert_tiles import (
+    RULE,
+    ExpertShape,
+    Tile,
+    Tiles,
+    TileTable,
+    read_table,
+    tiles_by_rule,
+    write_table,
+)
+from kernels.fused_moe import fused_moe, fused_moe_reference
 from kernels.route_experts import (
     count_choices,
     route_experts,
     route_experts_reference,
     route_groups,
 )
+from tests.bench import tune_experts
 from workers.layers.moe import route_in_groups
 
 pytestmark = pytest.mark.row("S13")
 
 # NOTE: the interpreter multiplies the bits of bfloat16 as if they were integers.
 DTYPES = [torch.float32, torch.bfloat16 if torch.cuda.is_available() else torch.float16]
+
+
+SMALL = TileTable({1: Tiles(Tile(16, 16, 16, 4, 2), Tile(32, 16, 16, 4, 2))})
 
 
 def numbers(*shape: int, seed: int, dtype: torch.dtype, device: str) -> torch.Tensor:
@@ -60,16 +75,16 @@ def test_choices_are_counted(device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("tiles", [None, Tiles(16, 16, 16, 16, 4, 2)], ids=["chosen", "small"])
+@pytest.mark.parametrize("table", [RULE, SMALL], ids=["rule", "small"])
 @pytest.mark.parametrize(("first", "num_real"), [(0, 6), (2, 3), (0, 0)])
 @pytest.mark.parametrize("num_rows", [1, 21])
-def test_experts_equal_the_reference(num_rows, first, num_real, tiles, dtype, device):
+def test_experts_equal_the_reference(num_rows, first, num_real, table, dtype, device):
     gate_up, down = layer(6, 40, 24, dtype, device)
     x = numbers(num_rows, 40, seed=0, dtype=dtype, device=device)
     logits = numbers(num_rows, 7, seed=3, dtype=dtype, device=device)
     weights, experts = route_experts(logits, 2, normalise=True)  # expert 6 is nobody's
     places = {"first": first, "num_real": num_real}
-    out = fused_moe(x, weights, experts, gate_up, down, **places, tiles=tiles)
+    out = fused_moe(x, weights, experts, gate_up, down, **places, table=table)
     assert_near(out, fused_moe_reference(x, weights, experts, gate_up, down, **places))
 
 
@@ -113,8 +128,84 @@ def test_one_expert_may_have_all_rows(device):
 
 
 def test_tiles_grow_with_the_rows_of_an_expert():
-    rows = [choose_tiles(8 * num_rows, 128).rows for num_rows in (1, 32, 512, 8192)]
+    rows = [tiles_by_rule(8 * num_rows, 128).down.rows for num_rows in (1, 32, 512, 8192)]
     assert rows == sorted(rows)
+
+
+SHAPE = ExpertShape(6, 2, 40, 24, "float32")
+
+
+def tiles_of(number: int) -> Tiles:
+    return Tiles(Tile(16, 16, 16, 4, number), Tile(16, 32, 16, 4, number))
+
+
+class Launches:
+    """In place of a kernel: what it is launched with."""
+
+    def __init__(self, kernel):
+        self._kernel, self.args = kernel, []
+
+    def __getitem__(self, grid):
+        def launch(*args, **named):
+            self.args.append(named)
+            return self._kernel[grid](*args, **named)
+
+        return launch
+
+
+def test_a_bucket_runs_the_tiles_that_were_measured_at_its_own_size(tmp_path, monkeypatch, device):
+    file = tmp_path / "tiles.json"
+    measured = {2 * rows: (tiles_of(stages), 1.0, 2.0) for rows, stages in ((1, 2), (4, 3), (8, 4))}
+    write_table("a GPU", SHAPE._replace(hidden=41), {2: (tiles_of(9), 1.0, 2.0)}, {}, file)
+    write_table("a GPU", SHAPE, {2: (tiles_of(9), 1.0, 2.0)}, {}, file)
+    write_table("a GPU", SHAPE, measured, {"command": "tune"}, file)
+    table = read_table("a GPU", SHAPE, file)
+    assert read_table("another", SHAPE, file) == read_table("a GPU", SHAPE, tmp_path / "no") == RULE
+    kernels = {
+        name: Launches(getattr(module, name)) for name in ("_gate_up_kernel", "_down_kernel")
+    }
+    for name, launches in kernels.items():
+        monkeypatch.setattr(module, name, launches)
+    gate_up, down = layer(6, 40, 24, torch.float32, device)
+    for num_rows in (1, 3, 4, 8, 9):
+        x = numbers(num_rows, 40, seed=0, dtype=torch.float32, device=device)
+        weights, experts = route_experts(x[:, :6].contiguous(), 2, normalise=True)
+        fused_moe(x, weights, experts, gate_up, down, first=0, num_real=6, table=table)
+    for launches, cols in zip(kernels.values(), (16, 32), strict=True):
+        assert [args["STAGES"] for args in launches.args] == [2, 3, 3, 4, 4]
+        assert {args["COLS"] for args in launches.args} == {cols}
+
+
+def test_a_tuner_takes_what_is_quickest_and_right_and_keeps_the_rule_for_less(tmp_path):
+    rule = tiles_by_rule(8, 6)
+    times = {
+        Tile(16, 16, 64, 4, 3): 70.0,
+        Tile(16, 32, 64, 4, 3): 50.0,
+        Tile(16, 64, 64, 4, 3): 10.0,
+    }
+
+    def measure(tiles):
+        if tiles.down.cols == 64:
+            return float("inf")  # a wrong result
+        return times.get(tiles.gate_up, 100.0) + times.get(tiles.down, 100.0)
+
+    best = Tiles(Tile(16, 64, 64, 4, 3), Tile(16, 32, 64, 4, 3))
+    assert tune_experts.tune(measure, rule, times) == (best, 60.0, 200.0)
+    near = lambda tiles: 100.0 if tiles == rule else 99.0  # noqa: E731
+    assert tune_experts.tune(near, rule, times) == (rule, 100.0, 100.0)
+
+
+def test_a_layer_is_tuned_where_it_runs(tmp_path, device, monkeypatch):
+    if device != "cpu":
+        pytest.skip("the candidates are many to compile")
+    monkeypatch.setattr(
+        tune_experts, "candidates", lambda choices, experts: [Tile(16, 32, 32, 4, 2)]
+    )
+    file = tmp_path / "tiles.json"
+    tune_experts.run(SHAPE, (1, 2), torch.device(device), file, 60.0)
+    assert sorted(read_table("cpu", SHAPE, file).measured) == [2, 4]
+    tune_experts.run(SHAPE, (4,), torch.device(device), file, -1.0)  # no time: nothing is changed
+    assert sorted(read_table("cpu", SHAPE, file).measured) == [2, 4]
 
 
 def test_shapes_that_do_not_fit_are_refused(device):

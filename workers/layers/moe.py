@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from kernels.expert_tiles import RULE, ExpertShape, TileTable, read_table
 from parallel.dp_attention import Activation, RowSplit
 from parallel.plan import Op, Place
 from parallel.symmetric import place_in_slot
@@ -180,7 +181,16 @@ class Experts:
     are chosen more than once. On a GPU a kernel of ours takes all choices at once.
     """
 
-    def __init__(self, gate_up_END: Tensor, down_EDI: Tensor, first: int, num_real: int) -> None:
+    def __init__(
+        self,
+        gate_up_END: Tensor,
+        down_EDI: Tensor,
+        first: int,
+        num_real: int,
+        table: TileTable = RULE,
+    ) -> None:
+        """`table` is how a GPU cuts the products into tiles."""
+        self._table = table
         self.gate_up_END = gate_up_END
         self.down_EDI = down_EDI
         self.first = first
@@ -211,6 +221,7 @@ class Experts:
             self.down_EDI,
             first=self.first,
             num_real=self.num_real,
+            table=self._table,
             out=out,
         )
 
@@ -247,6 +258,17 @@ class Experts:
     def _one(self, local: int, x_TD: Tensor) -> Tensor:
         gate_up_ND, down_DI = self._each[local]
         return functional.linear(silu_and_multiply(functional.linear(x_TD, gate_up_ND)), down_DI)
+
+
+def _measured_tiles(build: Build, moe: MoeConfig, width: int) -> TileTable:
+    """For a layer whose experts are all here."""
+    if build.device.type != "cuda":
+        return RULE
+    dtype = str(build.dtype).removeprefix("torch.")
+    shape = ExpertShape(
+        moe.num_experts, moe.num_experts_per_token, build.config.hidden_size, width, dtype
+    )
+    return read_table(torch.cuda.get_device_name(build.device), shape)
 
 
 class ExpertLoad:
@@ -311,7 +333,8 @@ class SparseMLP:
         self._gate_up_END = build.zeros(num_slots, 2 * width, hidden)
         self._down_EDI = build.zeros(num_slots, hidden, width)
         first, num_real = self._experts.start, self._experts.stop - self._experts.start
-        self.experts = Experts(self._gate_up_END, self._down_EDI, first, num_real)
+        table = _measured_tiles(build, moe, width) if num_real == moe.num_experts else RULE
+        self.experts = Experts(self._gate_up_END, self._down_EDI, first, num_real, table)
         self.load = ExpertLoad(moe.num_experts, build.device)
         self._all_to_all = None
         if build.plan.settings.moe_a2a_backend != "none":
