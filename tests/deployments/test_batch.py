@@ -12,7 +12,7 @@ import time
 
 import hypothesis.strategies as st
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 
 from deployments import batch, batch_files, batch_lines, batch_objects
 from deployments.batch import Batch, BatchOptions, Progress, questions, run_batch
@@ -171,7 +171,6 @@ def test_streams_are_refused_and_long_lines_skipped(tmp_path, monkeypatch):
     assert codes == [None, "line_too_long", "invalid_body", None]
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=300))
 def test_any_bytes_are_a_question_or_an_error(data):
     for number, one in read_lines(io.BytesIO(data)):
@@ -247,7 +246,7 @@ def test_a_fault_that_repeats_itself_is_an_error(tmp_path):
 
 def test_without_any_answer_the_batch_gives_up(tmp_path):
     with pytest.raises(
-        BackendFailed, match="nothing was answered for 0 s: the service answers 503"
+        BackendFailed, match=r"nothing was answered for \d s: the service answers 503"
     ):
         go(tmp_path, line("a"), Echo([Reply(503, "", b"")] * 999), give_up_s=0.05)
     assert results(tmp_path) == []
@@ -444,7 +443,7 @@ def test_a_part_goes_when_its_time_has_come(store, monkeypatch):
     monkeypatch.setattr(batch_objects, "PART_S", 0.05)
     output = open_output(URL, Done())
     output.append(answered("a")[0])
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while ".part-000001" not in named(store):
         assert time.monotonic() < deadline, "no part was put"
         time.sleep(0.01)
@@ -505,12 +504,14 @@ sys.exit(main(["batch", *sys.argv[1:]]))
 """
 
 
+@pytest.mark.timeout(300)
 def test_a_batch_that_is_killed_goes_on_from_its_parts(tmp_path):
     """`local://` is treated like any store: it is not known to be a disk."""
-    num_lines, concurrency, out = 1500, 8, tmp_path / "out.jsonl"
+    num_lines, concurrency, out = 600, 8, tmp_path / "out.jsonl"
     (tmp_path / "in.jsonl").write_bytes(b"\n".join(line(f"q{n}") for n in range(num_lines)))
     files = ("-i", tmp_path / "in.jsonl", "-o", f"local://{out}")
     with running() as front:
+        front.driver.step_s = 0.01  # the whole would take 12 s
         command = [sys.executable, "-c", IMPATIENT, *files, "--url", front.url]
         command += ["--concurrency", str(concurrency)]
         first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -525,7 +526,8 @@ def test_a_batch_that_is_killed_goes_on_from_its_parts(tmp_path):
         kept = {one for part in parts for one in part.read_bytes().splitlines(True)[:-1]}
         assert kept
         assert not out.exists()
-        told = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
+        front.driver.step_s = 0.001
+        told = subprocess.run(command, check=True, capture_output=True, text=True, timeout=200)
     assert " were done before" in told.stdout
     lines = out.read_bytes().splitlines(keepends=True)
     assert kept <= set(lines), "a line that was in a part was computed again"

@@ -45,7 +45,7 @@ def outcomes(draw):
 MANY = st.lists(outcomes(), min_size=1, max_size=12)
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(MANY, st.floats(0.1, 100.0))
 def test_the_figures_are_what_plain_arithmetic_says(found, duration):
     figures = summary(found, duration=duration, goals={"ttft": 500.0})
@@ -68,7 +68,7 @@ def test_the_figures_are_what_plain_arithmetic_says(found, duration):
             )
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(MANY, st.lists(st.floats(0.5, 100.0), min_size=2, max_size=4))
 def test_percentiles_do_not_fall_and_stay_within_what_was_seen(found, percentiles):
     asked = sorted(percentiles)
@@ -81,7 +81,7 @@ def test_percentiles_do_not_fall_and_stay_within_what_was_seen(found, percentile
         assert min(done) - 1e-9 <= figures[f"p{asked[0]:g}_e2el_ms"] <= max(done) + 1e-9
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(MANY, st.floats(1.0, 3000.0), st.floats(1.0, 3000.0))
 def test_a_stricter_goal_is_met_by_no_more(found, one_limit, other_limit):
     low, high = sorted((one_limit, other_limit))
@@ -102,7 +102,7 @@ def test_goodput_counts_those_within_all_limits():
     assert "request_goodput" not in summary([fast], duration=2.0)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(MANY)
 def test_as_many_are_under_way_as_at_some_begin(found):
     done = [one for one in found if not one.error]

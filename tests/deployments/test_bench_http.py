@@ -24,7 +24,7 @@ pytestmark = pytest.mark.timeout(60)
 RATIOS = st.lists(st.floats(0.5, 2.0), min_size=2, max_size=30)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(RATIOS)
 def test_the_interval_holds_the_mean_and_turns_over_with_the_ratio(ratios):
     low, mean, high = ratio_interval(ratios)

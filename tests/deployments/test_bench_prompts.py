@@ -19,7 +19,7 @@ SHAPES = st.builds(
 )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(SHAPES, st.integers(1, 12), st.integers(0, 5))
 def test_prompts_are_as_long_as_asked_and_begin_with_a_shared_prefix(shape, num, seed):
     asks = random_asks(shape, num, seed=seed)
@@ -36,7 +36,7 @@ def test_prompts_are_as_long_as_asked_and_begin_with_a_shared_prefix(shape, num,
         assert ask.prompt[: shape.prefix_len] == twin.prompt[: shape.prefix_len]
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(SHAPES, st.integers(1, 10), st.integers(0, 5))
 def test_a_seed_fixes_the_prompts_and_more_prompts_begin_with_the_same(shape, num, seed):
     assert random_asks(shape, num, seed=seed) == random_asks(shape, num + 3, seed=seed)[:num]
@@ -49,7 +49,7 @@ def test_another_seed_gives_other_prompts_and_prompts_differ():
     assert asks != random_asks(shape, 50, seed=1)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(SHAPES, st.integers(1, 10))
 def test_another_run_has_the_same_lengths(shape, num):
     one, other = (random_asks(shape, num, seed=0, run=run) for run in (0, 1))
@@ -85,7 +85,7 @@ def test_a_shape_that_cannot_be_is_refused(shape, sentence):
 RATES = st.floats(0.1, 1000.0)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(st.integers(1, 300), RATES, st.floats(0.1, 10.0), st.integers(0, 3))
 def test_requests_come_in_order_and_the_last_at_the_rate_asked(num, rate, burstiness, seed):
     times = arrivals(num, rate, burstiness, seed=seed)

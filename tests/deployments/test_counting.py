@@ -2,7 +2,7 @@
 
 import hypothesis.strategies as st
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 
 from deployments import counting
 from deployments.counting import Accounts, Histogram, Outcome, RequestCounts
@@ -85,7 +85,6 @@ EVENTS = st.lists(
 )
 
 
-@settings(deadline=None)
 @given(EVENTS)
 def test_whatever_happens_the_sum_is_right_and_nothing_goes_down(events):
     accounts = Accounts()

@@ -298,7 +298,7 @@ REQUESTS = st.lists(
 EVENTS = st.lists(st.sampled_from(["plan", "land", "add", "cancel"]), max_size=120)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     wanted=REQUESTS,
     events=EVENTS,

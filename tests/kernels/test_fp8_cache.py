@@ -31,7 +31,7 @@ def is_even(number: float) -> bool:
     return int((number == NUMBERS).nonzero()[0]) % 2 == 0
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.floats(width=32, allow_nan=False))
 def test_the_nearest_number_is_stored_and_of_two_the_even_one(x):
     [stored] = to_e4m3(torch.tensor([x]), 1.0).float().tolist()

@@ -158,7 +158,7 @@ def test_more_rows_than_a_step_may_have_are_refused():
         new_state().apply(body)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 2**32), chaos=st.sampled_from([0.0, 0.3, 0.8]))
 def test_any_legal_bodies_give_the_rows_of_a_plain_simulation(seed, chaos):
     random = Random(seed)

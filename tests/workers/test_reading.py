@@ -34,7 +34,7 @@ def small_pieces(monkeypatch):
     monkeypatch.setattr(reading, "PIECE_BYTES", 40)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     taken=regions(),
     stored=st.sampled_from(list(STORED)),

@@ -10,7 +10,7 @@ KERNELS = st.lists(
 """(length, gap after it, name); a gap below 0 overlaps."""
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(KERNELS, st.integers(2, 6), st.floats(0.0, 50.0))
 def test_equal_steps_are_cut_into_equal_pieces(kernels, num_steps, between):
     spans, now = [], 0.0
