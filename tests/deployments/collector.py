@@ -86,7 +86,7 @@ class Collector:
         assert all(span.trace_id == parent.trace_id for span in found)
         return sorted(found, key=lambda span: (span.attributes["lockstep.choice"], span.start))
 
-    def wait_for(self, num_requests: int, timeout_s: float = 10.0) -> list[Received]:
+    def wait_for(self, num_requests: int, timeout_s: float = 60.0) -> list[Received]:
         deadline = time.monotonic() + timeout_s
         while len(self.requests()) < num_requests:
             assert time.monotonic() < deadline, f"{len(self.requests())} of {num_requests} came"

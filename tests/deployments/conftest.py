@@ -16,6 +16,7 @@ def shared_front():
 def front(shared_front):
     """The shared one, as it was."""
     shared_front.driver.step_s = 0.001
+    shared_front.driver.most_tokens = None
     shared_front.driver.reply = saying("Hello, wörld!")
     shared_front.driver.refusal = None
     shared_front.driver.received.clear()

@@ -83,7 +83,7 @@ class FakeDriver(threading.Thread):
         folder: Path,
         reply: Reply = counting,
         *,
-        beat_ms: int = 40,
+        beat_ms: int = 200,  # a driver that is not heard for 1.6 s is gone
         step_s: float = 0.001,
         tokens_per_step: int = 1,
         max_model_len: int = 512,
@@ -92,6 +92,8 @@ class FakeDriver(threading.Thread):
         self.reply = reply
         self.step_s = step_s
         self.tokens_per_step = tokens_per_step
+        self.most_tokens: int | None = None
+        """No request goes on beyond so many output tokens, until this is changed."""
         self.queue_s = 0.0
         self.ready = True
         self.beating = True
@@ -113,7 +115,7 @@ class FakeDriver(threading.Thread):
         self._socket.curve_publickey = server_public
         self._socket.curve_secretkey = server_secret
         port = self._socket.bind_to_random_port("tcp://127.0.0.1")
-        self.num_located = 0
+        self.num_located = self.num_beats = 0
         self.info = EngineInfo(
             epoch=1,
             node_id="node",
@@ -151,6 +153,14 @@ class FakeDriver(threading.Thread):
     def num_running(self) -> int:
         return len(self._running)
 
+    @property
+    def is_held(self) -> bool:
+        """There are requests, and all have come as far as `most_tokens`."""
+        return bool(self._running) and all(map(self._is_held, list(self._running.values())))
+
+    def _is_held(self, running: Running) -> bool:
+        return self.most_tokens is not None and running.index >= self.most_tokens
+
     def stop(self) -> None:
         self.stopped.set()
         self.join()
@@ -170,6 +180,7 @@ class FakeDriver(threading.Thread):
             if self.beating and (state != told or now - last_beat > self.info.beat_ms / 1000):
                 self._broadcast(DriverBeat(self.epoch, self.ready))
                 told, last_beat = state, now
+                self.num_beats += 1
             if self.ready and now - last_step > self.step_s:
                 last_step = now
                 self._step()
@@ -210,6 +221,8 @@ class FakeDriver(threading.Thread):
     def _step(self) -> None:
         messages: dict[bytes, Tokens] = {}
         for (identity, request), running in list(self._running.items()):
+            if self._is_held(running):
+                continue
             message = messages.setdefault(identity, Tokens(self.epoch, [], [], [], []))
             for _ in range(self.tokens_per_step):
                 if self._generate(message, request, running):

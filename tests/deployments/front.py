@@ -23,7 +23,7 @@ MODEL = "some/model"
 ENDPOINTS = ["/v1/completions", "/v1/chat/completions"]
 
 
-def wait_for(condition, timeout_s=5.0):
+def wait_for(condition, timeout_s=60.0):
     deadline = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > deadline:
@@ -51,7 +51,7 @@ class Front:
         self.server = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [listener]})
         self.thread.start()
-        self.http = httpx.Client(base_url=self.url, timeout=20)
+        self.http = httpx.Client(base_url=self.url, timeout=60)
 
     def post(self, path: str, **fields) -> httpx.Response:
         return self.http.post(path, json=body_for(path, **fields))

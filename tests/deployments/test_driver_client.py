@@ -2,6 +2,7 @@
 
 import asyncio
 import tempfile
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -49,7 +50,7 @@ def driver(folder):
 
 @asynccontextmanager
 async def connected(
-    driver: FakeDriver, *, node_id: str = "node", resume_wait_s: float = 5.0, wait: bool = True
+    driver: FakeDriver, *, node_id: str = "node", resume_wait_s: float = 60.0, wait: bool = True
 ) -> AsyncIterator[DriverClient]:
     client = DriverClient(
         driver.locate, name="ingress", node_id=node_id, resume_wait_s=resume_wait_s
@@ -63,7 +64,7 @@ async def connected(
         await client.close()
 
 
-async def until(condition, timeout_s: float = 5.0) -> None:
+async def until(condition, timeout_s: float = 60.0) -> None:
     async with asyncio.timeout(timeout_s):
         while not condition():
             await asyncio.sleep(0.002)
@@ -151,15 +152,15 @@ def test_many_requests_at_once(driver):
 
 
 def test_a_restart_loses_and_doubles_nothing(driver):
-    driver.step_s = 0.004
-
     async def main():
         async with connected(driver) as client:
             heard = Heard()
+            driver.most_tokens = 5
             listening = asyncio.create_task(listen(client, spec(60), into=heard))
-            for at in (5, 20, 40):
-                await until(lambda at=at: len(heard.events) > at)
+            for then in (20, 40, None):
+                await until(lambda: len(heard.events) == driver.most_tokens)
                 await asyncio.to_thread(driver.restart)
+                driver.most_tokens = then
             return await listening
 
     heard = asyncio.run(main())
@@ -240,13 +241,15 @@ def test_not_ready_is_known_at_once_and_streams_wait(driver):
     async def main():
         async with connected(driver) as client:
             heard = Heard()
+            driver.most_tokens = 20
             listening = asyncio.create_task(listen(client, spec(200), into=heard))
             await until(lambda: len(heard.events) > 3)
             driver.ready = False
-            await until(lambda: not client.ready, 0.5)
+            await until(lambda: not client.ready)  # by a beat: they go on
             late = asyncio.create_task(listen(client, spec(5)))
             await asyncio.sleep(0.05)
             waited = not late.done() and not listening.done()
+            driver.most_tokens = None
             await asyncio.to_thread(driver.restart)
             return waited, await listening, await late
 
@@ -257,7 +260,7 @@ def test_not_ready_is_known_at_once_and_streams_wait(driver):
 
 
 def test_waiting_has_an_end(driver):
-    driver.step_s = 0.01
+    driver.most_tokens = 10
 
     async def main():
         async with connected(driver, resume_wait_s=0.2) as client:
@@ -287,8 +290,10 @@ def test_before_the_engine_was_ever_ready_requests_are_refused(driver):
     assert asyncio.run(main()) is False
 
 
-def test_a_silent_driver_is_looked_for_and_found(driver):
-    driver.step_s = 0.01
+def test_a_silent_driver_is_looked_for_and_found(folder):
+    driver = FakeDriver(folder, beat_ms=40)
+    driver.start()
+    driver.most_tokens = 20
 
     async def main():
         async with connected(driver) as client:
@@ -296,19 +301,22 @@ def test_a_silent_driver_is_looked_for_and_found(driver):
             listening = asyncio.create_task(listen(client, spec(40), into=heard))
             await until(lambda: len(heard.events) > 3)
             located = driver.num_located
-            driver.beating, driver.step_s = False, 60
+            driver.beating = False
             await until(lambda: driver.num_located > located)
             ready = client.ready
-            driver.beating, driver.step_s = True, 0.001
+            driver.beating, driver.most_tokens = True, None
             return ready, await listening
 
-    ready, heard = asyncio.run(main())
+    try:
+        ready, heard = asyncio.run(main())
+    finally:
+        driver.stop()
     assert not ready
     assert heard.tokens == counted(40)
 
 
 def test_a_driver_elsewhere_is_found(driver, folder):
-    driver.step_s = 0.01
+    driver.most_tokens = 20
     (folder / "two").mkdir()
     second = FakeDriver(folder / "two")
 
@@ -370,7 +378,7 @@ def test_a_refusal_keeps_its_status(driver, status, kind):
 
 
 def test_a_stream_that_has_begun_waits_for_room(driver):
-    driver.step_s = 0.005
+    driver.most_tokens = 20
 
     async def main():
         async with connected(driver) as client:
@@ -378,6 +386,7 @@ def test_a_stream_that_has_begun_waits_for_room(driver):
             listening = asyncio.create_task(listen(client, spec(30), into=heard))
             await until(lambda: len(heard.events) > 3)
             driver.refusal = (429, "full", None, None)
+            driver.most_tokens = None
             await asyncio.to_thread(driver.restart)
             await until(lambda: len(driver.of(Submit)) >= 2)
             driver.refusal = None
@@ -405,6 +414,8 @@ def test_one_refused_generation_ends_its_siblings(driver):
 
 
 def test_leaving_cancels_once(driver):
+    driver.most_tokens = 20
+
     async def main():
         async with connected(driver) as client:
             async with client.generate([spec(400)]) as generations:
@@ -421,6 +432,8 @@ def test_leaving_cancels_once(driver):
 
 
 def test_finish_tells_the_driver_where_and_ends_that_choice(driver):
+    driver.most_tokens = 20
+
     async def main():
         async with connected(driver) as client:
             heard = Heard()
@@ -474,17 +487,22 @@ def test_beats_carry_the_counters(driver):
     asyncio.run(main())
 
 
-def test_a_busy_loop_does_not_mistake_itself_for_a_dead_driver(driver):
-    async def main():
-        import time
+def test_a_busy_loop_does_not_mistake_itself_for_a_dead_driver(folder):
+    driver = FakeDriver(folder, beat_ms=100)
+    driver.start()
 
+    async def main():
         async with connected(driver) as client:
-            located = driver.num_located
-            time.sleep(10 * driver.info.beat_ms / 1000)
+            located, beats = driver.num_located, driver.num_beats
+            while driver.num_beats < beats + 10:
+                time.sleep(0.01)  # in the loop, which runs nothing else
             await asyncio.sleep(0.05)
             return client.ready, driver.num_located - located
 
-    assert asyncio.run(main()) == (True, 0)
+    try:
+        assert asyncio.run(main()) == (True, 0)
+    finally:
+        driver.stop()
 
 
 def test_rubbish_is_counted_and_dropped(driver):
@@ -545,11 +563,12 @@ def test_a_grammar_is_sent_along_and_again(driver):
 
     async def main():
         async with connected(driver) as client:
-            driver.step_s = 0.005
+            driver.most_tokens = 10
             heard = Heard()
             one = msgspec.structs.replace(spec(20), grammar=grammar)
             listening = asyncio.create_task(listen(client, one, into=heard))
             await until(lambda: len(heard.events) > 3)
+            driver.most_tokens = None
             await asyncio.to_thread(driver.restart)
             await listening
 

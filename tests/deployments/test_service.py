@@ -208,7 +208,7 @@ def test_a_template_that_spins_holds_up_nobody_else(monkeypatch):
 
         def spin():
             body = body_for(ENDPOINTS[1], messages=[{"role": "user", "content": "spin"}])
-            refused.append(httpx.post(front.url + ENDPOINTS[1], json=body, timeout=20))
+            refused.append(httpx.post(front.url + ENDPOINTS[1], json=body, timeout=100))
 
         spins = threading.Thread(target=spin)
         body = body_for(ENDPOINTS[1], max_tokens=490, stream=True)
@@ -232,7 +232,7 @@ def test_a_template_that_spins_holds_up_nobody_else(monkeypatch):
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_cancels(front, path, stream):
     front.driver.reply = counting
-    front.driver.step_s = 0.05
+    front.driver.most_tokens = 5
     payload = json.dumps(body_for(path, stream=stream, n=2, max_tokens=300)).encode()
     connection = socket.create_connection(front.url.removeprefix("http://").split(":"))
     connection.sendall(
@@ -243,13 +243,10 @@ def test_a_client_that_leaves_cancels(front, path, stream):
     wait_for(lambda: front.driver.num_running == 2)
     if stream:
         assert connection.recv(1000)
-    front.driver.step_s = 2.0
-    left = time.monotonic()
+    wait_for(lambda: front.driver.is_held)
     connection.close()
-    wait_for(lambda: len(front.driver.of(Cancel)) == 2)
-    assert time.monotonic() - left < 1.0  # before the next token
+    wait_for(lambda: len(front.driver.of(Cancel)) == 2)  # there is no next token to fail on
     wait_for(lambda: front.client.num_live == 0)
-    front.driver.step_s = 0.001
     assert front.driver.num_running == 0
 
 
@@ -259,9 +256,15 @@ def test_a_client_that_leaves_cancels(front, path, stream):
 @pytest.mark.parametrize("path", ENDPOINTS)
 def test_a_stream_survives_a_restart(path):
     with running() as front:
-        front.driver.step_s = 0.003
         expected = text_of(front.post(path, max_tokens=100))
-        restarts = threading.Timer(0.1, front.driver.restart)
+        front.driver.most_tokens = 30
+
+        def restart():
+            wait_for(lambda: front.driver.is_held)
+            front.driver.most_tokens = None
+            front.driver.restart()
+
+        restarts = threading.Thread(target=restart)
         restarts.start()
         assert streamed_text(front.events(path, max_tokens=100)) == expected
         restarts.join()
@@ -270,10 +273,16 @@ def test_a_stream_survives_a_restart(path):
 
 def test_an_engine_that_does_not_come_back():
     with running(resume_wait_s=0.2) as front:
-        front.driver.step_s = 0.003
-        withdrawn = threading.Timer(0.1, lambda: setattr(front.driver, "ready", False))
-        withdrawn.start()
+        front.driver.most_tokens = 30
+
+        def withdraw():
+            wait_for(lambda: front.driver.is_held)
+            front.driver.ready = False
+
+        withdraws = threading.Thread(target=withdraw)
+        withdraws.start()
         events = front.events(ENDPOINTS[1], max_tokens=400)
+        withdraws.join()
         assert "[DONE]" not in events
         assert json.loads(events[-1])["error"]["code"] == "engine_unavailable"
         assert "error" not in json.loads(events[-2])
@@ -283,7 +292,7 @@ def test_an_engine_that_does_not_come_back():
         response = front.post(ENDPOINTS[0])
         check_error(response, 503)
         assert int(response.headers["retry-after"]) > 0
-        front.driver.ready = True
+        front.driver.ready, front.driver.most_tokens = True, None
         wait_for(lambda: front.http.get("/health").status_code == 200)
         assert front.post(ENDPOINTS[0]).status_code == 200
 

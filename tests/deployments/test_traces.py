@@ -24,6 +24,8 @@ from tests.deployments.fakes import FakeDriver, chat_tokenizer, saying
 ROOT = Path(__file__).resolve().parents[2]
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 SECRET, TOLD = "blackberry", "raspberry"
+PAUSE_S = 0.05
+PAUSE_S = 0.05
 CALLER_TRACE, CALLER_SPAN = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 CALLER = {"traceparent": f"00-{CALLER_TRACE}-{CALLER_SPAN}-01", "tracestate": "vendor=value"}
 
@@ -53,11 +55,11 @@ async def front(driver, endpoint):
     transport = httpx.ASGITransport(build_api(service))
     await client.start()
     try:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while not client.ready:
                 await asyncio.sleep(0.005)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
-            yield http
+            yield http, client
     finally:
         await client.close()
         await asyncio.to_thread(traces.close)
@@ -71,15 +73,15 @@ def body_of(path, **fields):
 
 
 def traced(driver, collector, path=CHAT, *, meanwhile=None, headers=None, **fields):
-    """The response, its span and the span's children."""
+    """The response, its span and the span's children. `meanwhile` gets the ingress's client."""
 
     async def main():
-        async with front(driver, collector.url) as http:
+        async with front(driver, collector.url) as (http, client):
             asking = asyncio.create_task(
                 http.post(path, json=body_of(path, **fields), headers=headers)
             )
             if meanwhile is not None:
-                await asyncio.to_thread(meanwhile)
+                await asyncio.to_thread(meanwhile, client)
             return await asking
 
     response = asyncio.run(main())
@@ -93,7 +95,16 @@ def traced(driver, collector, path=CHAT, *, meanwhile=None, headers=None, **fiel
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
 def test_a_request_is_a_span_with_three_children(driver, collector, path, stream):
-    response, span, children = traced(driver, collector, path, stream=stream, temperature=0.25)
+    driver.most_tokens, driver.step_s = 1, 0.001
+
+    def pause(client):
+        wait_for(lambda: sum(client.counts.ttft.counts) == 1)
+        time.sleep(PAUSE_S)
+        driver.most_tokens = None
+
+    response, span, children = traced(
+        driver, collector, path, meanwhile=pause, stream=stream, temperature=0.25
+    )
     assert response.status_code == 200
     assert collector.paths == ["/v1/traces"]
     assert (span.name, span.parent_id) == (f"POST {path}", "")
@@ -125,9 +136,9 @@ def test_a_request_is_a_span_with_three_children(driver, collector, path, stream
     to_first = span.attributes["gen_ai.latency.time_to_first_token"]
     assert before + queue.seconds + prefill.seconds == pytest.approx(to_first, abs=1e-6)
     assert queue.seconds < prefill.seconds
-    assert decode.seconds > (num_output - 2) * driver.step_s
+    assert decode.seconds > PAUSE_S
     assert decode.attributes["gen_ai.usage.output_tokens"] == num_output
-    assert span.seconds < 5
+    assert span.seconds < 60
     assert abs(time.time() - span.end / 1e9) < 60
 
 
@@ -146,7 +157,7 @@ def test_a_callers_trace_goes_on(driver, collector):
 
 def test_a_caller_that_does_not_sample_is_obeyed(driver, collector):
     async def main():
-        async with front(driver, collector.url) as http:
+        async with front(driver, collector.url) as (http, _):
             unsampled = {"traceparent": CALLER["traceparent"][:-1] + "0"}
             await http.post(CHAT, json=body_of(CHAT), headers=unsampled)
             await http.post(COMPLETIONS, json=body_of(COMPLETIONS))
@@ -182,9 +193,10 @@ def test_a_refused_request_is_no_error_of_ours(driver, collector, fields, status
 
 
 def test_a_failure_in_the_middle_is_an_error(driver, collector):
-    def fail():
-        wait_for(lambda: driver.of(Submit))
-        time.sleep(0.03)
+    driver.most_tokens = 5
+
+    def fail(_):
+        wait_for(lambda: driver.is_held)
         driver.say(RequestFailed(driver.of(Submit)[0].request, "numerical_error"))
 
     response, span, children = traced(driver, collector, stream=True, meanwhile=fail)
@@ -196,9 +208,11 @@ def test_a_failure_in_the_middle_is_an_error(driver, collector):
 
 
 def test_a_resumed_request_is_one_trace_with_an_event(driver, collector):
-    def restart():
-        wait_for(lambda: driver.of(Submit))
-        time.sleep(0.04)
+    driver.most_tokens = 5
+
+    def restart(client):
+        wait_for(lambda: sum(client.counts.itl.counts) == 4)
+        driver.most_tokens = None
         driver.restart()
 
     _, span, children = traced(driver, collector, stream=True, meanwhile=restart)
@@ -217,27 +231,27 @@ def test_a_collector_that_fails_disturbs_nobody(driver, collector, status):
     collector.status = status
 
     async def main():
-        async with front(driver, collector.url) as http:
+        async with front(driver, collector.url) as (http, _):
             return [await http.post(CHAT, json=body_of(CHAT)) for _ in range(3)]
 
     began = time.monotonic()
     assert [response.status_code for response in asyncio.run(main())] == [200] * 3
-    assert time.monotonic() - began < FLUSH_S + 3
+    assert time.monotonic() - began < FLUSH_S + 20  # it would be tried again for a minute
     assert collector.bodies
 
 
 def test_a_collector_that_hangs_is_not_waited_for(driver, collector):
-    collector.wait_s = 6.0
+    collector.wait_s = 20.0
 
     async def main():
-        async with front(driver, collector.url) as http:
+        async with front(driver, collector.url) as (http, _):
             response = await http.post(CHAT, json=body_of(CHAT))
             began = time.monotonic()
         return response, time.monotonic() - began
 
     response, closing_s = asyncio.run(main())
     assert response.status_code == 200
-    assert closing_s < FLUSH_S + 0.5
+    assert closing_s < FLUSH_S + 5
 
 
 def test_a_collector_that_is_gone_disturbs_nobody(driver):
@@ -245,7 +259,7 @@ def test_a_collector_that_is_gone_disturbs_nobody(driver):
         gone = collector.url
 
     async def main():
-        async with front(driver, gone) as http:
+        async with front(driver, gone) as (http, _):
             return await http.post(CHAT, json=body_of(CHAT))
 
     assert asyncio.run(main()).status_code == 200
@@ -253,7 +267,7 @@ def test_a_collector_that_is_gone_disturbs_nobody(driver):
 
 def test_the_endpoint_may_name_the_path(driver, collector):
     async def main():
-        async with front(driver, f"{collector.url}/here/v1/traces/") as http:
+        async with front(driver, f"{collector.url}/here/v1/traces/") as (http, _):
             await http.post(CHAT, json=body_of(CHAT))
 
     asyncio.run(main())
@@ -328,7 +342,7 @@ sys.exit(main(["serve", "--otlp-endpoint", "http://collector:4318"]))
     )
 
 
-def wait_for(condition, timeout_s=5.0):
+def wait_for(condition, timeout_s=60.0):
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline

@@ -39,7 +39,7 @@ def find_browser():
     return next(filter(None, map(shutil.which, NAMES)), None)
 
 
-def wait_until(look, timeout_s=20.0):
+def wait_until(look, timeout_s=60.0):
     """What `look` returns once it is true."""
     deadline = time.monotonic() + timeout_s
     while not (found := look()):
@@ -66,19 +66,19 @@ class Browser:
             )
             try:
                 told = Path(folder, "DevToolsActivePort")
-                wait_until(lambda: told.exists() and "\n" in told.read_text(), 30)
+                wait_until(lambda: told.exists() and "\n" in told.read_text())
                 browser = cls(told.read_text().split("\n")[0])
                 with browser._tabs:
                     yield browser
             finally:
                 process.terminate()
-                process.wait(20)
+                process.wait(60)
 
     def open(self, url, **settings):
         """A fresh tab in front; the one before it is closed."""
         if self._last:
-            httpx.get(f"{self._url}/json/close/{self._last}", timeout=30)
-        target = httpx.put(f"{self._url}/json/new?about:blank", timeout=30).json()
+            httpx.get(f"{self._url}/json/close/{self._last}", timeout=60)
+        target = httpx.put(f"{self._url}/json/new?about:blank", timeout=60).json()
         self._last = target["id"]
         # NOTE: Chromium sends no pings; a page that is busy is not away.
         address = target["webSocketDebuggerUrl"]
@@ -121,7 +121,7 @@ class Tab:
         number = next(self._numbers)
         self._socket.send(json.dumps({"id": number, "method": method, "params": parameters}))
         while True:
-            message = json.loads(self._socket.recv(timeout=30))
+            message = json.loads(self._socket.recv(timeout=60))
             if message.get("id") == number:
                 assert "error" not in message, message
                 return message["result"]
@@ -145,7 +145,7 @@ class Tab:
         assert "exceptionDetails" not in told, told
         return told["result"].get("value")
 
-    def wait_for(self, expression, timeout_s=20.0):
+    def wait_for(self, expression, timeout_s=60.0):
         return wait_until(lambda: self.value(expression), timeout_s)
 
     def text(self, selector):

@@ -245,7 +245,7 @@ def test_a_registration_that_peers_do_not_join_ends_at_its_deadline():
     start = time.monotonic()
     with pytest.raises(SymmetryError, match=r"registering on tp was not done within 0\.1 s"):
         within(0.1, forever.wait, "registering on tp", torch.device("cpu"))
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < 20
     forever.set()
 
 
@@ -259,11 +259,13 @@ def test_a_registration_that_fails_says_why():
 
 def test_a_rank_that_does_not_open_its_arena_is_named():
     def body(rank, groups):
+        all_are_here.wait(60)
         if rank != 3:
             open_arena(groups, DP_ATTENTION)
 
+    all_are_here = threading.Barrier(4)
     with pytest.raises(Exception, match=r"ranks \[3\] did not come"):
-        run_thread_world(DP_ATTENTION, body, time_limit_s=0.5)
+        run_thread_world(DP_ATTENTION, body, time_limit_s=1.0)
 
 
 def test_a_closed_arena_knows_no_place():

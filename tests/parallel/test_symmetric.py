@@ -1,6 +1,7 @@
 """The contract: which memory a collective may work on, per collective and group."""
 
 import random
+import threading
 
 import pytest
 import torch
@@ -379,9 +380,11 @@ def test_ten_thousand_mixed_steps_register_nothing_and_agree_on_every_offset():
 
 def test_a_rank_that_leaves_one_out_is_found_by_its_digest():
     def body(rank, groups):
+        both_are_here.wait(60)
         if rank == 0:
             all_reduce(ROW.clone(), groups.tp)
         return groups.ledger.take()
 
+    both_are_here = threading.Barrier(2)
     with pytest.raises(Desync, match=r"ranks \[1\] did not come"):
-        run_thread_world(TWO, body, time_limit_s=0.3)
+        run_thread_world(TWO, body, time_limit_s=1.0)

@@ -1,5 +1,6 @@
 """Threads as ranks: the same collectives, and an error where real groups would hang."""
 
+import threading
 import time
 
 import pytest
@@ -76,13 +77,15 @@ def test_empty_rows_are_exchanged_too():
 
 def test_a_member_that_does_not_come_is_named():
     def body(rank, groups):
+        all_are_here.wait(60)
         if rank != 2:
             all_reduce(mine(rank), groups.tp)
 
+    all_are_here = threading.Barrier(4)
     with pytest.raises(Desync) as failure:
-        run_thread_world(FOUR, body, time_limit_s=0.2)
+        run_thread_world(FOUR, body, time_limit_s=1.0)
     assert str(failure.value) == (
-        "all_reduce of (1, 2) float32 over group (0, 1, 2, 3): ranks [2] did not come in 0.2 s"
+        "all_reduce of (1, 2) float32 over group (0, 1, 2, 3): ranks [2] did not come in 1 s"
     )
 
 
@@ -110,13 +113,15 @@ def test_the_first_failure_is_raised_and_nobody_waits_for_the_failed_rank():
     start = time.monotonic()
     with pytest.raises(KeyError, match="broken on rank 1"):
         run_thread_world(FOUR, body, time_limit_s=20)
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 15
 
 
 def test_a_rank_that_never_returns_is_named():
     def body(rank, groups):
         if rank == 1:
-            time.sleep(1.5)
+            may_return.wait()
 
-    with pytest.raises(Desync, match=r"ranks \[1\] were not back after 0\.1 s"):
-        run_thread_world(Layout(tp_size=2), body, time_limit_s=0.1)
+    may_return = threading.Event()
+    with pytest.raises(Desync, match=r"ranks \[1\] were not back after 0\.5 s"):
+        run_thread_world(Layout(tp_size=2), body, time_limit_s=0.5)
+    may_return.set()

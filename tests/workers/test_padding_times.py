@@ -38,7 +38,7 @@ def curves_of(**settings):
         ledger, arena = groups.ledger, groups.arena
         return runner.padding_curves, ledger.num_collectives, dict(ledger.counts), arena
 
-    return run_thread_world(config.layout, body, time_limit_s=60)
+    return run_thread_world(config.layout, body, time_limit_s=100)
 
 
 @pytest.mark.parametrize("settings", LAYOUTS, ids=lambda settings: "-".join(settings))

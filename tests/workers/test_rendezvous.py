@@ -13,7 +13,6 @@ from workers.protocol import Start
 from workers.rendezvous import Rendezvous, RendezvousError, interface_of, listen
 from workers.spec import WorkerSpec
 
-pytestmark = pytest.mark.timeout(60)
 CONFIG = EngineConfig(tp_size=2, dp_size=2, device="cpu", step_timeout_s=20.0)
 
 
