@@ -92,6 +92,7 @@ class Domain:
         padding: PaddingMode | None = None,
         costs: PaddingCosts | None = None,
         most_held: int = 0,
+        prompt_interval: int = 0,
     ) -> None:
         """`depth` steps may be under way at once: 2 overlaps planning with computing.
 
@@ -99,7 +100,8 @@ class Domain:
         to a multiple of, and whether rows of different replicas meet. `buckets` are the rows of the
         decode graphs that all ranks have captured. Other steps are padded as `padding` says, else
         by `costs`, else by the rule. Prompts are held for at most `most_held` steps, to begin with
-        those of other replicas (`deployments.alignment`).
+        those of other replicas (`deployments.alignment`). A step full of prompts is followed by
+        `prompt_interval` steps of decodes alone, if there are any.
         """
         self.index = index
         self.ranks = layout.domain_ranks(index)
@@ -113,7 +115,9 @@ class Domain:
         self._buckets = tuple(buckets)
         self._padding: PaddingMode | None = padding
         self._costs = costs
-        self._most_held = most_held
+        self._most_held, self._prompt_interval = most_held, prompt_interval
+        self._num_owed = 0
+        """Steps of decodes alone until prompts are read again."""
         self._prompts = Prompts.GO
         self.num_held = 0
         """Steps in a row, up to now, that held prompts."""
@@ -127,8 +131,13 @@ class Domain:
     def next_step(self) -> Step:
         """Plan a step on every replica, idle ones included, so that all ranks enter it."""
         number = self.num_steps
-        begins = self._prompts_begin()
-        plans = [s.plan_step(number, admits_prompts=begins) for s in self.schedulers]
+        reads = self._prompts_are_read()
+        begins = reads and self._prompts_begin()
+        plans = [
+            scheduler.plan_step(number, admits_prompts=begins, reads_prompts=reads)
+            for scheduler in self.schedulers
+        ]
+        self._num_owed = max(self._num_owed - 1, self._owed_after(plans))
         bodies = [encode(plan.body) for plan in plans]
         num_rows = tuple(plan.num_rows for plan in plans)
         mode = _mode(plans)
@@ -153,6 +162,22 @@ class Domain:
         step.mask_is_due = any(plan.masked_rows for plan in plans)
         self.under_way.append(step)
         return step
+
+    def _prompts_are_read(self) -> bool:
+        """Not while decodes are owed steps of their own, which they are only if there are any."""
+        return self._num_owed <= 0 or not any(s.decoding for s in self.schedulers)
+
+    def _owed_after(self, plans: Sequence[Plan]) -> int:
+        """Steps of decodes alone, in proportion to the prompts that held them up.
+
+        The source is SGLang's --prefill-decode-interval (pull request 35017), which owes as many
+        to a prompt of one token as to a step full of prompts.
+        """
+        shares = [
+            (_num_chunk_rows(plan), scheduler.max_num_batched_tokens - len(plan.decodes))
+            for plan, scheduler in zip(plans, self.schedulers, strict=True)
+        ]
+        return max(self._prompt_interval * rows // room if rows else 0 for rows, room in shares)
 
     def _prompts_begin(self) -> bool:
         if self._most_held == 0:
@@ -261,6 +286,10 @@ class Domain:
             num_bytes=num_bytes,
             sent_at=step.sent_at,
         )
+
+
+def _num_chunk_rows(plan: Plan) -> int:
+    return sum(chunk.num_tokens for chunk in plan.chunks)
 
 
 def _mode(plans: Sequence[Plan]) -> int:

@@ -369,6 +369,7 @@ class Gang:
                     padding=None if padding in ("auto", "rule") else padding,
                     costs=costs,
                     most_held=self.config.prefill_delayer_max_delay_passes,
+                    prompt_interval=self.config.prefill_decode_interval,
                 )
             )
         self.serving = True

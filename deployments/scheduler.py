@@ -180,10 +180,13 @@ class Scheduler:
 
     # A step
 
-    def plan_step(self, step: int, *, admits_prompts: bool = True) -> Plan:
+    def plan_step(
+        self, step: int, *, admits_prompts: bool = True, reads_prompts: bool = True
+    ) -> Plan:
         """The next step's plan; call only after the results of all but one earlier plan.
 
-        Without `admits_prompts` who waits goes on waiting, and prompts already begun go on.
+        Without `admits_prompts` who waits goes on waiting, and prompts already begun go on; without
+        `reads_prompts` neither do.
         """
         preempted = self._make_room()
         grow_slots: list[int] = []
@@ -206,7 +209,7 @@ class Scheduler:
         decodes = decodes.copy()
 
         leaves, self._leaves = self._leaves, []
-        room = self.max_num_batched_tokens - len(decodes)
+        room = self.max_num_batched_tokens - len(decodes) if reads_prompts else 0
         chunks: list[Chunk] = []
         for request in self.prefilling:
             if room == 0:

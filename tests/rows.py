@@ -544,6 +544,13 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation(
         "C5",
+        "prompts are read at once, whatever was set",
+        "deployments/gang.py",
+        "                    prompt_interval=self.config.prefill_decode_interval,\n",
+        "",
+    ),
+    Mutation(
+        "C5",
         "a Ray call for every message of tokens",
         "deployments/driver_client.py",
         "            case Tokens():\n",

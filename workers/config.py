@@ -78,6 +78,8 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """Rows of attention replicas: by the rule, by cost measured at each start, or always alike."""
     prefill_delayer_max_delay_passes: int = 0
     """Steps a prompt may wait for those that queue on other attention replicas; 0: it begins."""
+    prefill_decode_interval: int = 0
+    """Steps of decodes alone that follow a step full of prompts; after smaller ones, fewer."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of weights and activations; auto is the checkpoint's on a GPU and float32 on a CPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -112,7 +114,9 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("max_restarts", "prefill_delayer_max_delay_passes"):
+        for name in (
+            *("max_restarts", "prefill_delayer_max_delay_passes", "prefill_decode_interval"),
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         if self.max_model_len is not None and self.max_model_len < 2:

@@ -29,6 +29,7 @@ def test_settings_may_be_strings_as_a_command_line_gives_them():
             {"prefill_delayer_max_delay_passes": -1},
             "prefill_delayer_max_delay_passes=-1 must not be negative",
         ),
+        ({"prefill_decode_interval": -1}, "prefill_decode_interval=-1 must not be negative"),
         ({"kv_cache_gb": "nan"}, "kv_cache_gb=nan must be above 0"),
         ({"step_timeout_s": "inf"}, "step_timeout_s=inf must be above 0"),
         ({"seed": str(2**64)}, f"seed={2**64} must be a number of 64 bits"),

@@ -357,6 +357,36 @@ def test_padding_that_is_set_is_what_headers_say():
     assert (header.padding, header.padded_rows) == (Padding.MAX_LEN, (6, 6))
 
 
+@pytest.mark.row("C5")
+@pytest.mark.parametrize(
+    ("interval", "rows"), [(0, [(5, 0), (5, 0), (2, 0)]), (2, [(5, 0), (1, 0), (1, 0)])]
+)
+def test_decodes_have_as_many_steps_between_prompts_as_were_set(interval, rows):
+    settings = SHARED | {"max_num_seqs": 2, "max_num_batched_tokens": 5}
+    config = EngineConfig(**settings | {"prefill_decode_interval": interval})
+    [domain] = bring_up(config)[0].domains
+    first, second = (
+        Request(key=(b"a", number), tokens=[5] * length, num_prompt=length, max_tokens=9)
+        for number, length in enumerate((1, 9))
+    )
+    domain.schedulers[0].add(first)
+    assert rows_of_steps(domain, 1) == [(1, 0)]
+    domain.schedulers[0].add(second)
+    assert rows_of_steps(domain, 3) == rows
+
+
+def rows_of_steps(domain, num):
+    """Rows of each replica in so many steps, whose tokens are made up."""
+    seen = []
+    for _ in range(num):
+        step = domain.next_step()
+        domain.under_way.clear()
+        for scheduler, plan in zip(domain.schedulers, step.plans, strict=True):
+            scheduler.apply(step.number, [9] * len(plan.sampled))
+        seen.append(step.told.num_rows)
+    return seen
+
+
 @pytest.mark.row("S10")
 @pytest.mark.parametrize(
     ("most", "rows"),
@@ -377,11 +407,4 @@ def test_a_prompt_waits_for_one_that_queues_as_long_as_was_set(most, rows):
                     arrival=number,
                 )
             )
-    seen = []
-    for _ in range(4):
-        step = domain.next_step()
-        domain.under_way.clear()
-        for scheduler, plan in zip(domain.schedulers, step.plans, strict=True):
-            scheduler.apply(step.number, [9] * len(plan.sampled))
-        seen.append(step.told.num_rows)
-    assert seen == rows
+    assert rows_of_steps(domain, 4) == rows
