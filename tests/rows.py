@@ -446,6 +446,13 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation(
         "S12",
+        "ranks capture before their symmetric memory is final",
+        "workers/worker.py",
+        "        groups.arena.seal()\n        link.send(self._ready(runner))\n",
+        "        link.send(self._ready(runner))\n",
+    ),
+    Mutation(
+        "S12",
         "memory is registered inside a capture",
         "parallel/arena.py",
         "        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():\n",

@@ -170,7 +170,11 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 class Failpoint(Struct, frozen=True):
-    """A planted fault, for tests: at `step` of `epoch`, `rank` does what `action` says."""
+    """A planted fault, for tests: at `step` of `epoch`, `rank` does what `action` says.
+
+    With a `stage` it happens while the rank starts, before any step: at `join`, `register` (the
+    arena, on each communicator), or what it reports (`weights`, `measure`, `graphs`).
+    """
 
     action: Literal[
         "kill",
@@ -187,8 +191,9 @@ class Failpoint(Struct, frozen=True):
         "other_plan",
     ]
     rank: int
-    step: int
+    step: int = 0
     epoch: int = 1
+    stage: str = ""
 
 
 class Environment(Struct, frozen=True, kw_only=True):

@@ -4,6 +4,9 @@ A fault fires at the first step, from its own on, at which it can: `corrupt_ids`
 for a step that samples, `skip_collective` for one that communicates, `foreign_slot` (another
 group's) and `shifted_slot` (at another offset than on other ranks) for one that takes a slot.
 
+A fault with a stage fires on the way to readiness instead, when that stage is reached: a rank can
+be lost while it joins its groups, registers memory, loads weights or captures graphs.
+
 `other_plan` pads the replicas' rows to one more than the driver said. The header's digest tells,
 before any collective has another size than on other ranks.
 
@@ -46,10 +49,10 @@ class Failpoints:
     def __bool__(self) -> bool:
         return bool(self._left)
 
-    def take(self, action: str, step: int) -> bool:
+    def take(self, action: str, step: int, stage: str = "") -> bool:
         """Whether `action` is due; it is not due again."""
         for each in self._left:
-            if each.action == action and step >= each.step:
+            if each.action == action and each.stage == stage and step >= each.step:
                 self._left.remove(each)
                 return True
         return False
@@ -57,16 +60,24 @@ class Failpoints:
     def enter(self, step: int) -> None:
         """What happens to a process on its way into a step."""
         self._step = step
-        if self.take("kill", step):
+        self._happen(step, "", f"the failpoint of step {step} was reached")
+
+    def reach(self, stage: str) -> None:
+        """What happens to a process at a stage of its start."""
+        self._happen(0, stage, f"the failpoint of stage {stage} was reached")
+
+    def _happen(self, step: int, stage: str, sentence: str) -> None:
+        if self.take("kill", step, stage):
             os.kill(os.getpid(), signal.SIGKILL)
-        if self.take("stop", step):
+        if self.take("stop", step, stage):
             os.kill(os.getpid(), signal.SIGSTOP)
-        if self.take("slow", step):
+        if self.take("slow", step, stage):
             time.sleep(SLOW_S)
-        if self._groups and self._groups.tp.transport and self.take("late_registration", step):
-            self._groups.arena.register(self._groups.tp.transport)
-        if self.take("raise", step):
-            raise PlantedFault(f"the failpoint of step {step} was reached")
+        transport = self._groups.tp.transport if self._groups else None
+        if self._groups and transport and self.take("late_registration", step, stage):
+            self._groups.arena.register(transport)
+        if self.take("raise", step, stage):
+            raise PlantedFault(sentence)
 
     def differ(self, header: bytes, step: int) -> bytes:
         """The header of `step`, or another one if that is due."""
@@ -150,4 +161,5 @@ class Skipping:
         self._inner.warm(device)
 
     def register(self, block: Block) -> None:
+        self._failpoints.reach("register")
         self._inner.register(block)

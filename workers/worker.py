@@ -275,6 +275,7 @@ class Worker:
         rendezvous = Rendezvous(self._spec)
         link.send(self._hello(rendezvous.port))
         start = self._await(link, Start)
+        self._failpoints.reach("join")
         groups = rendezvous.join(start, wrap=self._skipping if self._failpoints else None)
         self._groups = groups
         if self._failpoints:
@@ -285,13 +286,11 @@ class Worker:
             self._spec.rank,
             groups,
             device,
-            lambda stage, done, total: link.send(
-                Progress(self._spec.epoch, self._spec.rank, stage, done, total)
-            ),
+            lambda stage, done, total: self._report(link, stage, done, total),
         )
+        groups.arena.seal()
         link.send(self._ready(runner))
         runner.allocate(self._await(link, Serve).num_pages)
-        groups.arena.seal()
         link.send(Started(self._spec.epoch, self._spec.rank, runner.captured))
         try:
             while True:
@@ -299,6 +298,10 @@ class Worker:
         except _Left:
             rendezvous.close()
             raise
+
+    def _report(self, link: DriverLink, stage: str, done: int, total: int) -> None:
+        link.send(Progress(self._spec.epoch, self._spec.rank, stage, done, total))
+        self._failpoints.reach(stage)
 
     def _skipping(self, transport: Transport) -> Transport:
         return Skipping(transport, self._failpoints)
