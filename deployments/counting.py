@@ -111,7 +111,7 @@ class RequestCounts:
         self.received += num
         self.end(outcome, num)
 
-    def beat(self, ingress: str, *, in_flight: int) -> IngressBeat:
+    def beat(self, ingress: str, *, in_flight: int, opens: bool = False) -> IngressBeat:
         return IngressBeat(
             ingress=ingress,
             received=self.received,
@@ -124,6 +124,7 @@ class RequestCounts:
             ttft=self.ttft.distribution(),
             itl=self.itl.distribution(),
             e2e=self.e2e.distribution(),
+            opens=opens,
         )
 
 

@@ -8,7 +8,8 @@ epoch); whatever else arrives is dropped. This module knows nothing of HTTP or t
 
     waiting ──driver ready──> submitted ──last token, Finish, Cancel──> gone
        ^                          │
-       └── new epoch, no beats ───┘        waiting longer than `resume_wait_s` ──> EngineUnavailable
+       └── new epoch, no beats, ──┘        waiting longer than `resume_wait_s` ──> EngineUnavailable
+           Forgotten
 """
 
 import asyncio
@@ -20,6 +21,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from deployments.counting import Outcome, RequestCounts
 from deployments.driver_socket import DriverSocket
 from deployments.errors import (
+    EngineStopping,
     EngineUnavailable,
     GenerationFailed,
     Overloaded,
@@ -35,6 +37,7 @@ from deployments.messages import (
     EngineInfo,
     EngineView,
     Finish,
+    Forgotten,
     Refused,
     RequestFailed,
     Submit,
@@ -49,6 +52,10 @@ logger = logging.getLogger("lockstep.driver_client")
 
 MISSED_BEATS = 8
 """So many beats without one from the driver, and it is looked for again."""
+
+AWAY_BEATS = 2
+"""A tick that comes so many beats after the one before found this process held up, and the
+driver's beats with it: its silence does not count from before."""
 
 LOCATE_TIMEOUT_S = 10.0
 LOCATE_PAUSE_S = 0.25
@@ -77,6 +84,8 @@ class DriverClient:
         self._engine_ready = False
         self._was_ready = False
         self._last_beat = 0.0
+        self._last_tick = self._awake_since = 0.0
+        self._draining = False
         self._closed = False
         self.info: EngineInfo | None = None
         """What the driver serves; `None` until it has been found once."""
@@ -108,8 +117,9 @@ class DriverClient:
 
     @property
     def ready(self) -> bool:
-        """The driver's last beat said ready, and it is younger than eight beats."""
-        return self._engine_ready and self._now() - self._last_beat < MISSED_BEATS * self._beat_s
+        """The last beat said ready and not draining, and it is younger than eight beats."""
+        is_fresh = self._now() - self._last_beat < MISSED_BEATS * self._beat_s
+        return self._engine_ready and not self._draining and is_fresh
 
     @property
     def num_live(self) -> int:
@@ -128,9 +138,12 @@ class DriverClient:
     def generate(self, specs: Sequence[GenerateSpec], *, began: float | None = None) -> Generations:
         """Start one generation for each spec; call it inside the event loop.
 
-        While the engine restarts they wait; before it was ever ready they are refused. `began` is
-        when the client asked (the loop's time), if that was earlier.
+        While the engine restarts they wait; before it was ever ready they are refused, and once its
+        driver was told to stop, until another is found. `began` is when the client asked (the
+        loop's time), if that was earlier.
         """
+        if self._draining:
+            raise EngineStopping
         if self._closed or not self._was_ready:
             raise EngineUnavailable
         group = Generations(self._drop, len(specs))
@@ -194,7 +207,7 @@ class DriverClient:
         self.info = info
         self._socket.open(info)
         self._last_beat = self._now()
-        self._send_beat()
+        self._send_beat(opens=True)
 
     def _disconnect(self) -> None:
         self._engine_ready = False
@@ -205,9 +218,14 @@ class DriverClient:
     def _tick(self) -> None:
         """Once a beat: say that we live, see whether the driver does, end what waits too long."""
         self._timer = asyncio.get_running_loop().call_later(self._beat_s, self._tick)
+        now = self._now()
+        if now - self._last_tick > AWAY_BEATS * self._beat_s:
+            self._awake_since = now
+        self._last_tick = now
         self._socket.drain()  # a busy loop may have beats unread: they count
         if self._socket.is_open:
-            if self._now() - self._last_beat > MISSED_BEATS * self._beat_s:
+            heard = max(self._last_beat, self._awake_since)
+            if now - heard > MISSED_BEATS * self._beat_s:
                 logger.warning("no beat from the driver for %d beats: looking for it", MISSED_BEATS)
                 self._disconnect()
                 self._look_for_driver()
@@ -218,9 +236,10 @@ class DriverClient:
         self._submit_all()
         self._end_overdue()
 
-    def _send_beat(self) -> None:
+    def _send_beat(self, *, opens: bool = False) -> None:
         if not self._socket.is_congested:
-            self._socket.send(self.counts.beat(self._name, in_flight=len(self._generations)))
+            num_live = len(self._generations)
+            self._socket.send(self.counts.beat(self._name, in_flight=num_live, opens=opens))
 
     def _end_overdue(self) -> None:
         limit = self._now() - self._resume_wait_s
@@ -294,9 +313,12 @@ class DriverClient:
                 self._on_failed(message)
             case EngineView():
                 self.watch.on_view(message)
+            case Forgotten():
+                self._on_forgotten()
 
     def _on_beat(self, beat: DriverBeat) -> None:
         self._last_beat = self._now()
+        self._draining = beat.draining
         if beat.epoch != self._epoch:
             self._epoch = beat.epoch
             self._engine_ready = False
@@ -308,6 +330,13 @@ class DriverClient:
         elif self._engine_ready:
             self._engine_ready = False
             self._hold_all(resubmit=False)
+
+    def _on_forgotten(self) -> None:
+        """The driver lives and works on nothing of ours any more: all is asked again, on a line
+        that it does not take for the old one."""
+        logger.warning("the driver had given this ingress up: asking again for what is unfinished")
+        if self.info is not None:
+            self._connect(self.info)
 
     def _on_refused(self, refused: Refused) -> None:
         generation = self._generations.get(refused.request)

@@ -57,6 +57,13 @@ log = logging.getLogger("lockstep.engine")
 MAX_QUEUED = 10_000
 """Messages an ingress may be behind before it loses its connection."""
 
+DRAIN_LOOK_BEATS = 2
+"""Between two looks at what is in flight."""
+
+AWAY_BEATS = 2
+"""A turn of the loop that begins so many beats after the one before found the process held up: what
+was sent meanwhile may not be here yet, so nobody's silence counts from before it."""
+
 RESTART_WINDOW_S = 600.0
 """More than `max_restarts` epochs lost within this time and the engine gives up: whoever watches
 it (Serve, Kubernetes) starts it on fresh ground."""
@@ -135,6 +142,8 @@ class Engine:
         self._over = threading.Event()
         self._stopping = False
         self._next_beat = 0.0
+        self._last_turn = self._awake_since = time.monotonic()
+        self._draining_until: float | None = None
         self._thread = threading.Thread(target=self._run, name="lockstep-engine", daemon=True)
 
     # What other threads may call
@@ -213,9 +222,39 @@ class Engine:
         before = self.counters.num_preemptions
         return before + sum(scheduler.num_preemptions for scheduler in self._schedulers())
 
+    @property
+    def num_in_flight(self) -> int:
+        """Generations that have not ended, as the ingresses last said or as the ranks have them."""
+        return max(self.num_waiting + self.num_running, self.accounts.totals().in_flight)
+
+    @property
+    def is_draining(self) -> bool:
+        return self._draining_until is not None
+
+    @property
+    def num_undecodable(self) -> int:
+        """Messages of ingresses that could not be read."""
+        return self._ingresses.num_undecodable
+
     def _schedulers(self) -> list[Scheduler]:
         gang = self._gang
         return gang.schedulers if gang else []
+
+    def drain(self, limit_s: float) -> None:
+        """From now on ingresses refuse what is new; what runs may go on for `limit_s`.
+
+        Returns at once. Called again it may only shorten the time.
+        """
+        until = time.monotonic() + limit_s
+        self._draining_until = min(until, self._draining_until or until)
+
+    def wait_drained(self) -> None:
+        """Return when nothing is in flight, when a drain's time is over, or the loop has ended."""
+        # A look follows a pause: ingresses say with each beat what they have under way.
+        while not self._over.wait(DRAIN_LOOK_BEATS * self.config.beat_ms / 1000):
+            late = self._draining_until is not None and time.monotonic() >= self._draining_until
+            if late or not self.num_in_flight:
+                return
 
     def stop(self) -> None:
         """End every rank and release everything; returns when that is done."""
@@ -243,6 +282,9 @@ class Engine:
         """One turn of the loop: read, advance, plan, tell."""
         self._poll()
         now = time.monotonic()
+        if now - self._last_turn > AWAY_BEATS * self.config.beat_ms / 1000:
+            self._awake_since = now
+        self._last_turn = now
         for ingress, message in self._ingresses.receive(now):
             self._on_ingress(ingress, message)
             if ingress.is_new:
@@ -287,7 +329,7 @@ class Engine:
         for rank, message in link.receive():
             for step in gang.on_message(rank, message, now):
                 self._on_step(step)
-        gang.check(now)
+        gang.check(now, awake_since=self._awake_since)
         if gang.serving and not self._ready.is_set():
             self._on_serving(now)
         self._book.take_grammars(gang)
@@ -434,17 +476,23 @@ class Engine:
                 self._viewpoint.watch(ingress.identity, message.since, time.monotonic())
 
     def _drop_silent_ingresses(self, now: float) -> None:
-        for gone in self._ingresses.silent(now, MISSED_BEATS * self.config.beat_ms / 1000):
-            self._lose_ingress(gone.identity)
+        limit_s = MISSED_BEATS * self.config.beat_ms / 1000
+        for gone in self._ingresses.silent(now, limit_s, awake_since=self._awake_since):
+            num_lost = self._lose_ingress(gone.identity)
+            if num_lost:
+                name = gone.identity.decode(errors="replace")
+                sentence = "ingress %s has not been heard for %.1f s: its %d requests were stopped"
+                log.warning(sentence, name, limit_s, num_lost)
 
     def _send(self, identity: bytes, message: ToIngress) -> None:
         """An ingress that cannot be told has lost what it asked for."""
         if not self._ingresses.send(identity, message):
             self._lose_ingress(identity)
 
-    def _lose_ingress(self, identity: bytes) -> None:
+    def _lose_ingress(self, identity: bytes) -> int:
+        """How many requests that ended."""
         self.accounts.lost(identity)
-        self._book.cancel_all_of(identity)
+        return self._book.cancel_all_of(identity)
 
     def _on_step(self, step: StepDone) -> None:
         """Hand each ingress what this step gave its requests, in one message."""
@@ -462,6 +510,7 @@ class Engine:
             ready=self._ready.is_set(),
             num_waiting=self.num_waiting,
             num_running=self.num_running,
+            draining=self.is_draining,
         )
 
     def _tell_all(self) -> None:

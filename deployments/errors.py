@@ -12,6 +12,7 @@
     ├── GenerationFailed          the model, not the engine  -> 500
     ├── Overloaded                try again soon             -> 429
     ├── EngineUnavailable         starting or restarting     -> 503
+    │   └── EngineStopping        what runs may end          -> 503
     └── ClusterError              an operator can fix it     -> 503
         └── ClusterTooSmall
             └── TooFewNodes
@@ -179,6 +180,13 @@ class EngineUnavailable(ServiceError):
 
     def public_message(self) -> str:
         return "The engine is not ready: it is starting or restarting. Try again in a moment."
+
+
+class EngineStopping(EngineUnavailable):
+    """The engine was told to stop and takes nothing new."""
+
+    def public_message(self) -> str:
+        return "The server is being stopped and takes no new requests. Try again in a moment."
 
 
 class ClusterError(ServiceError):

@@ -192,12 +192,18 @@ class Gang:
         for rank in self.domains[due.domain].replica_ranks[due.replica]:
             self._send(rank, b"k", mask)
 
-    def check(self, now: float) -> None:
-        """Raise `GangFailed` if a rank has been silent or a step under way for too long."""
+    def check(self, now: float, *, awake_since: float = float("-inf")) -> None:
+        """Raise `GangFailed` if a rank has been silent or a step under way for too long.
+
+        Before `awake_since` nobody could be heard.
+        """
         silence = MISSED_BEATS * self.config.beat_ms / 1000
         if not self.serving:
             silence *= LOADING_PATIENCE
-        silent = [rank for rank, heard in self._last_heard.items() if now - heard > silence]
+        latest = now - silence
+        silent = [rank for rank, heard in self._last_heard.items() if heard < latest]
+        if awake_since > latest:
+            silent = []
         if silent:
             raise GangFailed(
                 f"{self._named(silent)} have not been heard for {silence:.1f} s "

@@ -29,6 +29,7 @@ from deployments.fleet import LocalFleet
 from deployments.messages import (
     DriverBeat,
     Finish,
+    Forgotten,
     Grammar,
     IngressBeat,
     Refused,
@@ -39,6 +40,9 @@ from deployments.messages import (
 )
 from deployments.tokenizer import ChatTokenizer, Detokenizer, StopMatcher, TokenBytes
 from workers.protocol import MAX_MESSAGE_BYTES, Sampling, TokenLogprobs, encode, pack
+
+LAST_WORD_MS = 1000
+"""How long a closed line may take to send what was still to be said."""
 
 SAMPLING_TYPES = get_type_hints(Sampling, include_extras=True)
 """Of every field, with the values that the engine takes."""
@@ -67,7 +71,7 @@ class SamplingParams:
     """What the text must look like: `Grammar("regex", "[0-9]+")`; "json" takes a schema's text."""
 
     def __post_init__(self) -> None:
-        """What the engine would not take is refused here: it drops what it cannot read."""
+        """What the engine could not read is refused here, with the name of the field."""
         if not 1 <= self.max_tokens < 2**31:
             raise ValueError(f"max_tokens={self.max_tokens} must be from 1 to {2**31 - 1}")
         sampling = self.sampling((), 0 if self.seed is None else self.seed)
@@ -148,12 +152,9 @@ class LLM:
         self.stop_token_ids = info.stop_token_ids
         self._epoch = info.epoch
         self._beat_ms = info.beat_ms
+        self._ipc_address = info.ipc_address
         self._context = zmq.Context()
-        self._socket = self._context.socket(zmq.DEALER)
-        self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.setsockopt(zmq.SNDHWM, 0)
-        self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
-        self._socket.connect(info.ipc_address)
+        self._socket: zmq.Socket[bytes] | None = None
         self._num_requests = 0
 
     def __enter__(self) -> Self:
@@ -222,8 +223,6 @@ class LLM:
         }
         for reader in readers.values():
             self._check_fits(len(reader.answer.prompt_ids))
-        for request, reader in readers.items():
-            self._submit(request, reader)
         self._collect(dict(readers), use_tqdm)
         return [reader.answer for reader in readers.values()]
 
@@ -255,17 +254,36 @@ class LLM:
             )
         )
 
+    def _open_line(self) -> "zmq.Socket[bytes]":
+        """A new line: the engine does not listen long to one on which nothing is said."""
+        if self._socket is not None:
+            self._socket.close(linger=LAST_WORD_MS)
+        socket = self._socket = self._context.socket(zmq.DEALER)
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt(zmq.SNDHWM, 0)
+        socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+        socket.connect(self._ipc_address)
+        socket.send(encode(IngressBeat(opens=True)))
+        return socket
+
+    def _submit_all(self, readers: "dict[int, _Reader]") -> None:
+        for request, reader in readers.items():
+            self._submit(request, reader)
+
     def _send(self, message: Submit | Finish | IngressBeat) -> None:
-        self._socket.send(encode(message))
+        if self._socket is not None:
+            self._socket.send(encode(message))
 
     def _collect(self, readers: "dict[int, _Reader]", use_tqdm: bool) -> None:
         bar = tqdm(total=len(readers), disable=not use_tqdm, unit="prompt")
+        socket = self._open_line()
+        self._submit_all(readers)
         with bar:
             while readers:
-                if not self._socket.poll(self._beat_ms):
+                if not socket.poll(self._beat_ms):
                     self._send(IngressBeat())
                     continue
-                message = decode_to_ingress(self._socket.recv())
+                message = decode_to_ingress(socket.recv())
                 if isinstance(message, Tokens):
                     bar.update(self._on_tokens(message, readers))
                 elif isinstance(message, Refused) and message.request in readers:
@@ -275,13 +293,15 @@ class LLM:
                 elif isinstance(message, DriverBeat):
                     self._send(IngressBeat())
                     self._follow(message, readers)
+                elif isinstance(message, Forgotten):  # this thread was held up for too long
+                    socket = self._open_line()
+                    self._submit_all(readers)
 
     def _follow(self, beat: DriverBeat, readers: "dict[int, _Reader]") -> None:
         """Send everything again when the engine serves under a new epoch."""
         if beat.ready and beat.epoch != self._epoch:
             self._epoch = beat.epoch
-            for request, reader in readers.items():
-                self._submit(request, reader)
+            self._submit_all(readers)
         health = self._engine.health()
         if health.hopeless:
             raise EngineLost(health.reason)

@@ -89,6 +89,9 @@ class IngressBeat(Message, frozen=True, tag="beat"):
     ttft: Distribution = Distribution()
     itl: Distribution = Distribution()
     e2e: Distribution = Distribution()
+    opens: bool = False
+    """The first word on its line: nothing has been asked for on it. A driver that hears anything
+    else from a line that it does not know says `Forgotten`."""
 
     @property
     def is_balanced(self) -> bool:
@@ -151,6 +154,13 @@ class DriverBeat(Message, frozen=True, tag="beat"):
     """All ranks of this epoch are serving."""
     num_waiting: Natural = 0
     num_running: Natural = 0
+    draining: bool = False
+    """The driver was told to stop: what runs may end, and nothing new is wanted."""
+
+
+class Forgotten(Message, frozen=True, tag="forgotten"):
+    """The ingress was silent for so long, or read so little, that what it had asked for on this
+    line was cancelled; nothing that it says here counts. It asks again on another."""
 
 
 class Sample(Message, frozen=True):
@@ -236,10 +246,32 @@ class EngineView(Message, frozen=True, tag="view"):
 
 
 FromIngress = Submit | Cancel | Finish | IngressBeat | Watch
-ToIngress = Tokens | Refused | RequestFailed | DriverBeat | EngineView
+ToIngress = Tokens | Refused | RequestFailed | DriverBeat | EngineView | Forgotten
 
 decode_from_ingress = msgspec.msgpack.Decoder(FromIngress).decode
 decode_to_ingress = msgspec.msgpack.Decoder(ToIngress).decode
+
+
+def unreadable_submit(data: bytes) -> int | None:
+    """The request's number in what was meant as a `Submit` but does not decode as one.
+
+    None if it is no Submit or has no such number. Ingresses of another version, and settings that
+    nobody has checked, send such.
+
+        >>> unreadable_submit(msgspec.msgpack.encode(["submit", 1, 7, "no tokens"]))
+        7
+        >>> unreadable_submit(msgspec.msgpack.encode(["cancel", 7])), unreadable_submit(b"")
+        (None, None)
+    """
+    try:
+        fields = msgspec.msgpack.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+    if not isinstance(fields, list) or len(fields) < 3 or fields[0] != "submit":
+        return None
+    request = fields[2]
+    is_number = isinstance(request, int) and not isinstance(request, bool) and request >= 0
+    return request if is_number else None
 
 
 class EngineInfo(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -108,6 +108,7 @@ class EngineCollector:
             ("idle_replicas", "Replicas without rows, summed by step", counters.num_idle_replicas),
             ("plan_bytes", "Bytes of headers and bodies", counters.num_plan_bytes),
             ("poisoned_requests", "Ended by logits that are not finite", counters.num_poisoned),
+            ("undecodable_messages", "Of ingresses, not readable", engine.num_undecodable),
         ):
             yield _counter(name, text, value)
         yield _histogram("loop_lag_seconds", "Turns of the driver's loop", counters.turns)

@@ -99,11 +99,12 @@ class RequestBook:
         scheduler.cancel(request, finish)
         self._count(request)
 
-    def cancel_all_of(self, identity: bytes) -> None:
-        """The ingress is gone."""
-        asked = [*self._running, *self._opening]
-        for owner, number in [key for key in asked if key[0] == identity]:
+    def cancel_all_of(self, identity: bytes) -> int:
+        """The ingress is gone; how many requests it had."""
+        asked = [key for key in (*self._running, *self._opening) if key[0] == identity]
+        for owner, number in asked:
             self.end(owner, number, Finish.CANCELLED)
+        return len(asked)
 
     def on_outbox(self, outbox: Outbox) -> None:
         """Note what a step has begun and ended."""

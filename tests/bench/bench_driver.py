@@ -65,7 +65,7 @@ def look_at(engine: Engine, over: threading.Event) -> None:
         socket.linger = 0
         socket.connect(engine.info().ipc_address)
         while not over.wait(0.25):
-            socket.send(encode(IngressBeat("viewer")))
+            socket.send(encode(IngressBeat("viewer", opens=True)))
             socket.send(encode(Watch()))
             while socket.poll(0):
                 socket.recv()

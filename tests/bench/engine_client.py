@@ -39,7 +39,7 @@ class EngineClient:
         """Seconds from sending the request to each of its tokens."""
         while self._socket.poll(0):  # beats of idle times
             self._socket.recv()
-        self._send(IngressBeat())
+        self._send(IngressBeat(opens=True))
         number, self._num_requests = self._num_requests, self._num_requests + 1
         began = time.perf_counter()
         self._send(

@@ -15,6 +15,7 @@ from deployments.messages import (
     DriverBeat,
     EngineInfo,
     Finish,
+    Forgotten,
     Refused,
     Submit,
     ToIngress,
@@ -97,6 +98,7 @@ class FakeDriver(threading.Thread):
         self.queue_s = 0.0
         self.ready = True
         self.beating = True
+        self.draining = False
         self.epoch = 1
         self.refusal: tuple[int, str, str | None, str | None] | None = None
         self.received: list[object] = []
@@ -142,6 +144,12 @@ class FakeDriver(threading.Thread):
         self.epoch += 1
         self.ready = True
 
+    def forget_ingresses(self) -> None:
+        """As the driver does with one that was silent: what it asked for is cancelled, and at its
+        next word it is told so."""
+        self._forget = True
+        self.say(Forgotten())
+
     def say(self, message: ToIngress) -> None:
         """Send to every ingress, whatever it is."""
         self.to_send.append(message)
@@ -176,9 +184,9 @@ class FakeDriver(threading.Thread):
             while self.to_send:
                 self._broadcast(self.to_send.popleft())
             now = time.monotonic()
-            state = (self.epoch, self.ready, len(self._identities))
+            state = (self.epoch, self.ready, self.draining, len(self._identities))
             if self.beating and (state != told or now - last_beat > self.info.beat_ms / 1000):
-                self._broadcast(DriverBeat(self.epoch, self.ready))
+                self._broadcast(DriverBeat(self.epoch, self.ready, draining=self.draining))
                 told, last_beat = state, now
                 self.num_beats += 1
             if self.ready and now - last_step > self.step_s:

@@ -13,6 +13,7 @@ import pytest
 
 from deployments.driver_client import DriverClient
 from deployments.errors import (
+    EngineStopping,
     EngineUnavailable,
     GenerationFailed,
     Overloaded,
@@ -574,3 +575,61 @@ def test_a_grammar_is_sent_along_and_again(driver):
 
     asyncio.run(main())
     assert [submit.grammar for submit in driver.of(Submit)] == [grammar, grammar]
+
+
+def test_a_client_that_the_driver_has_given_up_asks_again_on_another_line(driver):
+    driver.step_s = 0.005
+
+    async def main():
+        async with connected(driver) as client:
+            heard = Heard()
+            listening = asyncio.create_task(listen(client, spec(40), into=heard))
+            await until(lambda: len(heard.events) > 3)
+            driver.forget_ingresses()
+            return await listening
+
+    heard = asyncio.run(main())
+    assert heard.tokens == counted(40)
+    assert heard.indexes == list(range(40))
+    assert [beat.opens for beat in driver.of(IngressBeat)].count(True) == 2
+    assert driver.num_located == 1
+
+
+def test_a_draining_driver_ends_what_runs_and_gets_nothing_new(driver):
+    driver.step_s = 0.01
+
+    async def main():
+        async with connected(driver) as client:
+            heard = Heard()
+            listening = asyncio.create_task(listen(client, spec(40), into=heard))
+            await until(lambda: len(heard.events) > 3)
+            driver.draining = True
+            await until(lambda: not client.ready)
+            with pytest.raises(EngineStopping) as refused:
+                client.generate([spec()])
+            await listening
+            driver.draining = False
+            await until(lambda: client.ready)
+            return refused.value, heard, await listen(client, spec(5))
+
+    refused, heard, after = asyncio.run(main())
+    assert (refused.status, refused.retry_after_s) == (503, 5)
+    assert heard.tokens == counted(40)
+    assert after.tokens == counted(5)
+    assert len(driver.of(Submit)) == 2
+
+
+def test_a_silence_that_this_process_slept_through_is_not_the_drivers(driver):
+    """Both were held up, as on a machine that has no time for them."""
+
+    async def main():
+        async with connected(driver) as client:
+            located = driver.num_located
+            driver.beating = False
+            await asyncio.sleep(0.1)
+            time.sleep(0.5)  # twelve beats
+            driver.beating = True
+            await until(lambda: client.ready)
+            return driver.num_located - located
+
+    assert asyncio.run(main()) == 0
