@@ -6,7 +6,7 @@ from typing import Any
 from ray.serve import Application
 
 from deployments.config import ServiceConfig
-from deployments.driver import Driver
+from deployments.driver import STOP_S, Driver
 from deployments.ingress import Ingress
 
 
@@ -22,4 +22,5 @@ def build_app_from(config: ServiceConfig) -> Application:
         max_ongoing_requests=config.service.max_ongoing_requests,
         graceful_shutdown_timeout_s=config.service.drain_s,
     )
-    return ingress.bind(config, Driver.bind(config))
+    driver = Driver.options(graceful_shutdown_timeout_s=config.service.drain_s + STOP_S)
+    return ingress.bind(config, driver.bind(config))

@@ -22,17 +22,22 @@ def show(sentence: str) -> None:
     print(f"lockstep: {sentence}", flush=True)
 
 
+STOP_S = 30.0
+"""Serve kills a driver that has not ended so long after its requests could have."""
+
+
 @serve.deployment(
     num_replicas=1,
     max_ongoing_requests=1000,
     health_check_period_s=1,
     health_check_timeout_s=10,
     max_constructor_retry_count=1,
-    graceful_shutdown_timeout_s=30,
+    graceful_shutdown_timeout_s=STOP_S,
 )
 class Driver:
     def __init__(self, config: ServiceConfig) -> None:
         configure_logs(config.service.log_format)
+        self._drain_s = config.service.drain_s
         context = ray.get_runtime_context()
         self._engine = Engine(
             config.engine,
@@ -59,10 +64,12 @@ class Driver:
         return self._engine.ranks()
 
     async def num_in_flight(self) -> int:
-        """Generations that have not ended, as the ingresses last said or as the ranks have them."""
-        engine = self._engine
-        known = engine.num_waiting + engine.num_running
-        return max(known, engine.accounts.totals().in_flight)
+        """Generations that have not ended."""
+        return self._engine.num_in_flight
+
+    async def drain(self, limit_s: float) -> None:
+        """Before it is deleted: nothing new from now on, and what runs has `limit_s`."""
+        self._engine.drain(limit_s)
 
     async def metrics_address(self) -> str:
         """host:port of /metrics; empty if it is off."""
@@ -75,7 +82,13 @@ class Driver:
             raise EngineFailed(f"the engine has given up: {health.reason}")
 
     def __del__(self) -> None:
-        """Serve calls this when the replica is told to go: every rank ends with it."""
+        """Serve calls this when the replica is told to go, and waits for it.
+
+        Ingresses are told at the same time, and wait for what they have begun: so must we. Every
+        rank ends with the engine.
+        """
         engine = getattr(self, "_engine", None)
         if engine is not None:
+            engine.drain(self._drain_s)
+            engine.wait_drained()
             engine.stop()

@@ -186,20 +186,23 @@ def _deploy(config: ServiceConfig) -> str:
 
 
 def _drain(limit_s: float, stop: threading.Event) -> None:
-    """Wait until no request is under way, `limit_s` are over or `stop` is set once more.
+    """Have new requests refused, and wait until none is under way, `limit_s` are over or `stop` is
+    set once more, which leaves none any time.
 
-    Serve ends driver and ingresses of a deleted application side by side, and a driver that is
-    gone takes the ranks along: so nothing is deleted before this.
+    Deleting the application would do the same, but without a second signal, and ingresses that are
+    being deleted do not answer with 503.
     """
     from ray import serve
 
     deadline = time.monotonic() + limit_s
     with contextlib.suppress(Exception):  # no driver that could be asked has no requests
         driver = serve.get_deployment_handle("Driver", APP_NAME)
+        driver.drain.remote(limit_s).result(timeout_s=10)
         # A look follows a pause: ingresses say with each beat what they have under way.
         while time.monotonic() < deadline and not stop.wait(LOOK_S):
             if not driver.num_in_flight.remote().result(timeout_s=10):
                 return
+        driver.drain.remote(0.0).result(timeout_s=10)
 
 
 def _why(status: Any) -> str:
