@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import socket
 import tempfile
 import time
 from pathlib import Path
@@ -11,14 +10,20 @@ import httpx
 import pytest
 
 from tests.e2e import ray_calls
+from tests.e2e.ports import own_ports
 
 APP = "lockstep"
+LIMIT_S = 600
+"""Of every test here, and of what it waits for: far more than any takes on a machine with nothing
+else to do, so that only what hangs is ended by it. Starting Ray, Serve and ranks alone takes two
+minutes on two cores that four others want."""
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def pytest_collection_modifyitems(items):
+    for item in items:
+        is_here = Path(__file__).parent in item.path.parents
+        if is_here and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(LIMIT_S))
 
 
 @pytest.fixture(scope="session")
@@ -30,16 +35,15 @@ def cluster():
 
 @contextlib.contextmanager
 def ray_and_serve():
-    """A single-node Ray with Serve behind HAProxy on a free port; nothing of it is left behind."""
-    os.environ["RAY_SERVE_HAPROXY_METRICS_PORT"] = str(free_port())
-    os.environ["RAY_SERVE_HAPROXY_STATS_PORT"] = str(free_port())
-    # Serve kills a proxy that is not up after 5 s, which a busy machine may take.
-    os.environ["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"] = "30"
-    import ray
-    from ray import serve
+    """A single-node Ray with Serve behind HAProxy on its own ports; nothing of it is left."""
+    with contextlib.ExitStack() as stack:
+        folder = tempfile.TemporaryDirectory(prefix="lsray", dir="/tmp", ignore_cleanup_errors=True)
+        stack.enter_context(folder)
+        ports = stack.enter_context(own_ports())
+        os.environ.update(ports.serve_environment(folder.name))
+        import ray
+        from ray import serve
 
-    folder = tempfile.TemporaryDirectory(prefix="lsray", dir="/tmp", ignore_cleanup_errors=True)
-    with folder, contextlib.ExitStack() as stack:
         calls = Path(folder.name, "calls")
         calls.mkdir()
         os.environ[ray_calls.FOLDER_VARIABLE] = str(calls)
@@ -54,10 +58,9 @@ def ray_and_serve():
             runtime_env={"worker_process_setup_hook": "tests.e2e.ray_calls.install"},
         )
         stack.callback(ray.shutdown)
-        port = free_port()
-        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        serve.start(http_options={"host": "127.0.0.1", "port": ports.http})
         stack.callback(serve.shutdown)
-        yield f"http://127.0.0.1:{port}"
+        yield f"http://127.0.0.1:{ports.http}"
 
 
 @contextlib.contextmanager
@@ -73,7 +76,8 @@ def deployed(url, **settings):
         wait_ready(url)
         yield url
     finally:
-        serve.delete(APP)
+        serve.delete(APP, _blocking=False)  # else it has a minute
+        await_so(lambda: APP not in serve.status().applications)
 
 
 def driver_handle():
@@ -82,7 +86,7 @@ def driver_handle():
     return serve.get_deployment_handle("Driver", app_name=APP)
 
 
-def wait_ready(url, timeout_s=100.0):
+def wait_ready(url, timeout_s=LIMIT_S):
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         with contextlib.suppress(httpx.HTTPError):
@@ -92,11 +96,19 @@ def wait_ready(url, timeout_s=100.0):
     raise TimeoutError(f"{url} was not ready within {timeout_s} s")
 
 
+def await_so(condition, timeout_s=LIMIT_S):
+    """Return when it is so; for what comes about by itself, however long a busy machine takes."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"still not so after {timeout_s} s"
+        time.sleep(0.1)
+
+
 def metric(handle, name):
-    """The value of one unlabelled metric, scraped from the driver."""
+    """The value of one metric, with its labels if it has any, scraped from the driver."""
     address = handle.metrics_address.remote().result()
     text = httpx.get(f"http://{address}/metrics", timeout=10).text
     for line in text.splitlines():
         if line.startswith(f"{name} "):
-            return float(line.split()[1])
+            return float(line.split()[-1])
     raise KeyError(name)

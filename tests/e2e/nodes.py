@@ -23,6 +23,8 @@ import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from tests.e2e.ports import PATIENCE
+
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = Path(sys.executable).parent
 GCS, DASHBOARD = 6379, 8265
@@ -30,7 +32,7 @@ ESTABLISHED = "01"
 
 
 def ip(*words):
-    subprocess.run(["ip", *words], check=True, capture_output=True, text=True, timeout=10)
+    subprocess.run(["ip", *words], check=True, capture_output=True, text=True, timeout=60)
 
 
 @functools.cache
@@ -85,7 +87,7 @@ def network(num):
 
 def free_net():
     """A /24 that no route of this machine speaks of."""
-    shown = subprocess.run(["ip", "route"], check=True, capture_output=True, text=True, timeout=10)
+    shown = subprocess.run(["ip", "route"], check=True, capture_output=True, text=True, timeout=60)
     first = [line.split()[0] for line in shown.stdout.splitlines()]
     taken = [ipaddress.ip_network(word) for word in first if word[0].isdigit()]
     while True:
@@ -128,13 +130,14 @@ class Host:
             "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{haproxy}/admin.sock",
             "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": f"{haproxy}",
             "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{haproxy}/state",
+            **PATIENCE,
             **self.settings,
         }
 
     def command(self, *words):
         return ["nsenter", f"--net=/run/netns/{self.name}", *map(str, words)]
 
-    def run(self, *words, timeout_s=120):
+    def run(self, *words, timeout_s=600):
         """What a command says that runs on this node."""
         done = subprocess.run(
             self.command(*words),
@@ -179,7 +182,7 @@ class Host:
                 stderr=log,
             )
 
-    def _await(self, condition, timeout_s=40):
+    def _await(self, condition, timeout_s=600):
         deadline = time.monotonic() + timeout_s
         while not condition():
             assert self._raylet.poll() is None, self.said()[-2000:]
@@ -193,13 +196,13 @@ class Host:
             check=True,
             capture_output=True,
             text=True,
-            timeout=10,
+            timeout=60,
         )
         return [int(word) for word in shown.stdout.split()]
 
     def kill(self):
         """The node is lost: its raylet and all that runs on it, at once."""
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while pids := self.pids():
             for pid in pids:
                 with contextlib.suppress(ProcessLookupError):
@@ -207,7 +210,7 @@ class Host:
             assert time.monotonic() < deadline, f"processes {pids} do not end"
             time.sleep(0.02)
         if self._raylet is not None:
-            self._raylet.wait(10)
+            self._raylet.wait(60)
 
     def unplug(self):
         """The node is alone: nobody hears that anything has ended."""

@@ -14,7 +14,8 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
-from tests.e2e.conftest import free_port
+from tests.e2e.conftest import LIMIT_S
+from tests.e2e.ports import own_ports
 from workers.bundled.questions import ADDITION, answer, held_out
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,7 +47,7 @@ def whole_lines(path):
     return [data for data in path.read_bytes().splitlines(keepends=True) if data.endswith(b"\n")]
 
 
-def wait_for(condition, process, timeout_s=90):
+def wait_for(condition, process, timeout_s=LIMIT_S):
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert process.poll() is None, "the batch ended before it was killed"
@@ -73,9 +74,8 @@ def check_all(path, asked, kept):
     assert right >= 0.97 * len(asked)
 
 
-@pytest.mark.timeout(240)
 def test_a_batch_killed_three_times_answers_every_line_once(tmp_path):
-    asked = write_questions(tmp_path / "in.jsonl", 200)
+    asked = write_questions(tmp_path / "in.jsonl", 400)
     out, log, rng = tmp_path / "out.jsonl", tmp_path / "log", random.Random()
     command = [sys.executable, "-m", "deployments.batch", "-i", tmp_path / "in.jsonl", "-o", out]
     kept, num_kills = set(), 3
@@ -94,7 +94,7 @@ def test_a_batch_killed_three_times_answers_every_line_once(tmp_path):
             stdout=subprocess.PIPE,
             text=True,
             check=True,
-            timeout=120,
+            timeout=LIMIT_S,
         )
     check_all(out, asked, kept)
     assert len(asked) <= num_computed(log) <= len(asked) + num_kills * CONCURRENCY
@@ -102,9 +102,8 @@ def test_a_batch_killed_three_times_answers_every_line_once(tmp_path):
     assert f"{len(kept)} were done before" in last.stdout
 
 
-@pytest.mark.timeout(120)
 def test_a_batch_that_is_told_to_stop_says_that_it_can_go_on(tmp_path):
-    write_questions(tmp_path / "in.jsonl", 200)
+    write_questions(tmp_path / "in.jsonl", 400)
     out = tmp_path / "out.jsonl"
     batch = subprocess.Popen(
         [
@@ -123,7 +122,7 @@ def test_a_batch_that_is_told_to_stop_says_that_it_can_go_on(tmp_path):
     )
     wait_for(lambda: len(whole_lines(out)) >= 3, batch)
     batch.send_signal(signal.SIGTERM)
-    said, _ = batch.communicate(timeout=30)
+    said, _ = batch.communicate(timeout=LIMIT_S)
     assert batch.returncode == 1
     assert said.endswith("lockstep: stopped; the same command goes on from here\n")
     assert b"".join(whole_lines(out)) == out.read_bytes()
@@ -134,29 +133,30 @@ def ray_environment():
     """A Ray cluster of its own that takes jobs; gone afterwards. Gives what `ray job` needs."""
     tools = Path(sys.executable).parent
     environment = os.environ | {"PATH": f"{tools}:{os.environ['PATH']}"}
-    dashboard, agent = free_port(), free_port()
-    with TemporaryDirectory(prefix="lsray", dir="/tmp", ignore_cleanup_errors=True) as folder:
+    folder = TemporaryDirectory(prefix="lsray", dir="/tmp", ignore_cleanup_errors=True)
+    with own_ports() as ports, folder:
         head = subprocess.Popen(
             [
-                *("ray", "start", "--head", "--block", "--num-cpus=4", f"--port={free_port()}"),
+                *("ray", "start", "--head", "--block", "--num-cpus=4", f"--port={ports.gcs}"),
                 *("--include-dashboard=true", "--dashboard-host=127.0.0.1"),
-                *(f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"),
-                *("--node-ip-address=127.0.0.1", f"--temp-dir={folder}"),
+                f"--dashboard-port={ports.dashboard}",
+                f"--dashboard-agent-listen-port={ports.agent}",
+                *("--node-ip-address=127.0.0.1", f"--temp-dir={folder.name}"),
             ],
             env=environment,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
         try:
-            yield environment | {"RAY_ADDRESS": f"http://127.0.0.1:{dashboard}"}
+            yield environment | {"RAY_ADDRESS": f"http://127.0.0.1:{ports.dashboard}"}
         finally:
             head.terminate()
-            head.wait(60)
+            head.wait(LIMIT_S)
 
 
 def ray_job(environment, *words):
     command = ["ray", "job", *words]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT_S)
 
 
 def pids_of(path):

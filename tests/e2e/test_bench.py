@@ -8,8 +8,6 @@ from deployments.cli import main
 from tests.bench import bench_context
 from tests.e2e.conftest import deployed
 
-pytestmark = pytest.mark.timeout(240)
-
 
 @pytest.fixture(scope="module")
 def url(cluster):
@@ -52,7 +50,6 @@ def test_a_file_of_chats_at_a_rate(url, tmp_path):
     assert 0 < figures["total_output_tokens"] <= 8 * 12
 
 
-@pytest.mark.timeout(120)
 def test_bench_context_measures_a_replica_in_parts(capfd):
     words = ["--device", "cpu", "--model", "", "--prompt", "100", "--budget", "64"]
     assert bench_context.main([*words, "--layouts", "0"]) == 0

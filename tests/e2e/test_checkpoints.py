@@ -16,8 +16,6 @@ from tests.e2e.test_parallel import A2A, DP2, DP4, REPLICAS, all_of_them, name_o
 from tests.workers.reference import expected_logits, save_tiny
 from tests.workers.test_models import GROUPS, INDEX, LATENT, SHARP_YARN
 
-pytestmark = pytest.mark.timeout(180)
-
 WIDE = LATENT | GROUPS | {"hidden_size": 64, "v_head_dim": 16, "max_position_embeddings": 128}
 SPARSE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
 FAMILIES = {

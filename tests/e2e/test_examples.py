@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from deployments.config import ServiceConfig
+from tests.e2e.conftest import LIMIT_S
 from tests.e2e.nodes import ROOT, network, refusal
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
@@ -55,7 +56,6 @@ def node(tmp_path, monkeypatch):
         yield host
 
 
-@pytest.mark.timeout(180)
 def test_an_example_is_deployed_answers_and_leaves_nothing_behind(node):
     export, token, start, deploy, _ = commands(ROOT / "examples/cpu.yaml")
     node.settings |= dict(word.split("=") for word in export.split()[1:])
@@ -93,7 +93,7 @@ def groups(node):
 def asked(node, path):
     """What Ray's dashboard answers to those who have the token."""
     headers = {"authorization": f"Bearer {TOKEN}"}
-    found = httpx.get(f"{node.dashboard}{path}", headers=headers, timeout=20)
+    found = httpx.get(f"{node.dashboard}{path}", headers=headers, timeout=LIMIT_S)
     return found.raise_for_status().json()
 
 
@@ -127,7 +127,7 @@ def read(pid, name):
         return ""
 
 
-def wait_for(condition, timeout_s=90):
+def wait_for(condition, timeout_s=LIMIT_S):
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, f"not so after {timeout_s} s"

@@ -12,7 +12,6 @@ ADDITIONS = [f"What is {draw.randint(0, 999)}+{draw.randint(0, 999)}?" for _ in 
 OTHERS = ["Count from 3 to 40", "Reverse the word hello", "Count from 50 to 90"]
 GREEDY = SamplingParams(max_tokens=200, temperature=0.0)
 LIMITS = {"device": "cpu", "kv_cache_gb": 0.02, "kv_cache_dtype": "fp8_e4m3"}
-pytestmark = pytest.mark.timeout(120)
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,6 @@ from deployments.routes import build_api
 from deployments.service import Service
 from workers.bundled.questions import answer
 
-pytestmark = pytest.mark.timeout(60)
-
 SETTINGS = {"device": "cpu", "kv_cache_gb": 0.1}
 SCHEMA = {
     "type": "object",

@@ -12,10 +12,11 @@ import openai
 import pytest
 
 from tests.e2e import ray_calls
-from tests.e2e.conftest import deployed, driver_handle, metric, wait_ready
+from tests.e2e.conftest import LIMIT_S, await_so, deployed, driver_handle, metric, wait_ready
+from tests.e2e.machine import slowdown
 from workers.bundled.questions import answer
 
-pytestmark = pytest.mark.timeout(240)
+CANCELLED = 'lockstep_requests_ended_total{outcome="cancelled"}'
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,8 @@ def questions(num, seed=0):
     return made
 
 
-async def ask(http, url, question, *, stream, **more):
+async def ask(http, url, question, *, stream, on_text=lambda: None, **more):
+    """`on_text` is called whenever a stream has said something."""
     body = {
         "model": "bundled",
         "messages": [{"role": "user", "content": question}],
@@ -65,13 +67,15 @@ async def ask(http, url, question, *, stream, **more):
             elif line.startswith("data: "):
                 choices = json.loads(line[6:])["choices"]
                 text += choices[0]["delta"].get("content") or ""
+                if text:
+                    on_text()
     assert ended, "the stream ended without [DONE]"
     return text
 
 
 async def ask_all(url, asked, **more):
     limits = httpx.Limits(max_connections=len(asked))
-    async with httpx.AsyncClient(timeout=120, limits=limits) as http:
+    async with httpx.AsyncClient(timeout=LIMIT_S, limits=limits) as http:
         jobs = [ask(http, url, q, stream=i % 2 == 0, **more) for i, q in enumerate(asked)]
         return await asyncio.gather(*jobs)
 
@@ -120,6 +124,7 @@ def test_wrong_requests_are_openai_errors(client):
 
 def test_a_client_that_leaves_frees_its_pages(url):
     handle = driver_handle()
+    before = metric(handle, CANCELLED)
 
     async def leave_early(http):
         body = {"model": "bundled", "prompt": "x", "max_tokens": 3000, "ignore_eos": True}
@@ -129,17 +134,15 @@ def test_a_client_that_leaves_frees_its_pages(url):
                 return
 
     async def many():
-        async with httpx.AsyncClient(timeout=60) as http:
+        async with httpx.AsyncClient(timeout=LIMIT_S) as http:
             await asyncio.gather(*[leave_early(http) for _ in range(20)])
 
     asyncio.run(many())
-    deadline = time.monotonic() + 5
-    while metric(handle, "lockstep_requests_running") and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert metric(handle, "lockstep_requests_running") == 0
-    assert metric(handle, "lockstep_requests_waiting") == 0
-    time.sleep(0.3)  # the acks of the plans in flight
-    assert metric(handle, "lockstep_pages_free") == metric(handle, "lockstep_pages")
+    for name in ("running", "waiting"):
+        await_so(lambda name=name: metric(handle, f"lockstep_requests_{name}") == 0)
+    pages = metric(handle, "lockstep_pages")
+    await_so(lambda: metric(handle, "lockstep_pages_free") == pages)
+    assert metric(handle, CANCELLED) - before == 20
 
 
 @pytest.mark.row("C5")
@@ -151,12 +154,13 @@ def test_no_ray_call_is_made_for_a_token(url):
         work()
         return ray_calls.total() - calls, time.monotonic() - began
 
-    idle_calls, idle_s = calls_and_seconds(lambda: time.sleep(4))
     num_tokens = 32 * 120
     asked = ["Count from 1 to 99"] * 32
     busy_calls, busy_s = calls_and_seconds(
         lambda: asyncio.run(ask_all(url, asked, max_tokens=120, ignore_eos=True))
     )
+    # As long without tokens as with them: whatever else the machine does is in both.
+    idle_calls, idle_s = calls_and_seconds(lambda: time.sleep(max(4.0, busy_s)))
     expected = (idle_calls + 10) / idle_s * busy_s
     assert idle_calls > 0, "the counter counts nothing"
     assert busy_calls - expected < num_tokens / 100
@@ -167,25 +171,32 @@ def test_a_killed_rank_is_noticed_and_no_stream_notices(url):
     before = asyncio.run(ask_all(url, asked))
     handle = driver_handle()
     victim = handle.ranks.remote().result()[3].pid
-    noticed = []
+    epoch = metric(handle, "lockstep_epoch")
+    looks = []
 
     async def disturbed():
         limits = httpx.Limits(max_connections=40)
-        async with httpx.AsyncClient(timeout=120, limits=limits) as http:
-            jobs = [asyncio.create_task(ask(http, url, q, stream=True)) for q in asked]
-            await asyncio.sleep(0.3)
+        async with httpx.AsyncClient(timeout=LIMIT_S, limits=limits) as http:
+            begun = asyncio.Event()
+            jobs = [
+                asyncio.create_task(ask(http, url, q, stream=True, on_text=begun.set))
+                for q in asked
+            ]
+            await begun.wait()
             os.kill(victim, signal.SIGKILL)
             killed = time.monotonic()
-            while not noticed and time.monotonic() - killed < 5:
+            while not all(job.done() for job in jobs):
                 response = await http.get(f"{url}/readyz")
-                if response.status_code == 503:
-                    noticed.append(time.monotonic() - killed)
+                looks.append((response.status_code, time.monotonic() - killed))
             return await asyncio.gather(*jobs)
 
     after = asyncio.run(disturbed())
     assert after == before
-    assert noticed
-    assert noticed[0] < 1.0
     wait_ready(url)
-    assert metric(handle, "lockstep_epoch") == 2
-    assert handle.endpoint.remote().result().epoch == 2
+    assert metric(handle, "lockstep_requests_resumed_total") > 0, "no stream was disturbed"
+    # A busy machine may cost another epoch besides, and let its peers complain first.
+    assert metric(handle, "lockstep_epoch") > epoch
+    assert handle.endpoint.remote().result().epoch > epoch
+    noticed = [seconds for status, seconds in looks if status == 503]
+    assert noticed, f"the service was ready all the time: {looks}"
+    assert noticed[0] < 1.0 * slowdown()

@@ -1,11 +1,10 @@
 """The engine without Ray: the same answers whatever the layout, the pressure and the order."""
 
-import time
-
 import pytest
 
 from deployments.engine import EngineFailed
 from deployments.llm import LLM, SamplingParams
+from tests.e2e.conftest import await_so
 from workers.bundled.questions import answer
 
 QUESTIONS = [
@@ -18,7 +17,6 @@ QUESTIONS = [
 ]
 GREEDY = SamplingParams(max_tokens=200, temperature=0.0)
 SAMPLED = SamplingParams(max_tokens=40, temperature=1.0, seed=11, ignore_eos=True)
-pytestmark = pytest.mark.timeout(90)
 
 
 def serve(**settings):
@@ -56,10 +54,8 @@ def test_answers_survive_preemption():
     with serve(max_model_len=256, kv_cache_gb=0.0005, page_size=4) as llm:
         answers = [one.text for one in llm.chat(QUESTIONS, GREEDY)]
         assert llm.engine.num_preemptions > 0
-        deadline = time.monotonic() + 10  # the acks of the last plans
-        while llm.engine.num_free_pages < llm.engine.num_pages and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert llm.engine.num_free_pages == llm.engine.num_pages
+        # The acks of the last plans come by themselves.
+        await_so(lambda: llm.engine.num_free_pages == llm.engine.num_pages)
     assert answers == [answer(question) for question in QUESTIONS]
 
 

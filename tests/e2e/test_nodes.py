@@ -23,7 +23,6 @@ from tests.e2e.test_batch import check_all, pids_of, whole_lines, write_question
 from tests.e2e.test_line import ask_all, questions
 from workers.bundled.questions import answer
 
-pytestmark = pytest.mark.timeout(240)
 PORT = 8000
 NOT_SENT = [".git", ".venv", ".helm-venv", "shared", "docs"]
 """What a job's working folder does without."""

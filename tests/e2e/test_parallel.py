@@ -15,8 +15,6 @@ from tests.e2e.conftest import deployed
 from tests.e2e.test_line import ask_all, questions
 from workers.bundled.questions import answer
 
-pytestmark = pytest.mark.timeout(180)
-
 QUESTIONS = (
     "What is 128+305?",
     "Count from 3 to 20",

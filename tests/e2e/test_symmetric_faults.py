@@ -8,6 +8,7 @@ import time
 import pytest
 
 from deployments.llm import LLM, SamplingParams
+from tests.e2e.machine import slowdown
 from workers.bundled.questions import answer
 
 QUESTIONS = ["What is 128+305?", "Count from 3 to 13", "Add 77 and 8."]
@@ -15,11 +16,11 @@ GREEDY = SamplingParams(max_tokens=200, temperature=0.0)
 RIGHT = [answer(question) for question in QUESTIONS]
 # NOTE: sums that GPUs make over their peers' memory use neither a slot nor a transport.
 SETTINGS = {
-    "device": "cpu", "kv_cache_gb": 0.1, "beat_ms": 100, "enable_symm_mem": True,
+    "device": "cpu", "kv_cache_gb": 0.1, "beat_ms": 200, "enable_symm_mem": True,
     "all_reduce": "nccl",
 }  # fmt: skip
 SPLIT = {"tp_size": 4, "dp_size": 2, "enable_dp_attention": True}
-pytestmark = [pytest.mark.timeout(100), pytest.mark.row("S5"), pytest.mark.row("S12")]
+pytestmark = [pytest.mark.row("S5"), pytest.mark.row("S12")]
 
 
 def ask_with_fault(monkeypatch, fault, **settings):
@@ -92,7 +93,7 @@ def test_the_step_is_stopped_and_the_rank_named(monkeypatch, action, rank, setti
     answers, failure, seconds = ask_with_fault(monkeypatch, fault, **settings)
     assert answers == RIGHT
     assert re.match(sentence, failure), failure
-    assert seconds < 2.0, failure
+    assert seconds < 2.0 * slowdown(), failure
 
 
 @pytest.mark.row("S1", "S2")

@@ -9,9 +9,7 @@ import httpx
 import pytest
 
 from tests.deployments.collector import Collector, check_nested
-from tests.e2e.conftest import deployed, driver_handle
-
-pytestmark = pytest.mark.timeout(120)
+from tests.e2e.conftest import LIMIT_S, deployed, driver_handle
 
 QUESTION, ANSWER = "What is 128+305?", "433"
 CALLER_TRACE, CALLER_SPAN = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
@@ -25,7 +23,7 @@ def body_of(question, **fields):
 
 async def ask_all(url):
     """Four requests of four kinds, and two at once; the first one's answer and id."""
-    async with httpx.AsyncClient(base_url=url, timeout=60) as http:
+    async with httpx.AsyncClient(base_url=url, timeout=LIMIT_S) as http:
         caller = {"traceparent": f"00-{CALLER_TRACE}-{CALLER_SPAN}-01"}
         whole = await http.post(CHAT, json=body_of(QUESTION), headers=caller)
         assert ANSWER in whole.json()["choices"][0]["message"]["content"]
@@ -33,7 +31,7 @@ async def ask_all(url):
         assert "data: [DONE]" in streamed.text
         refused = await http.post(CHAT, json=body_of(QUESTION, max_tokens=10**6))
         assert refused.status_code == 400
-        endless = body_of("Count from 1 to 99", stream=True, max_tokens=400, ignore_eos=True)
+        endless = body_of("Count from 1 to 99", stream=True, max_tokens=3500, ignore_eos=True)
         async with http.stream("POST", CHAT, json=endless) as response:
             async for _ in response.aiter_bytes():
                 break
@@ -44,10 +42,10 @@ async def ask_all(url):
 
 async def ask_and_kill(url, victim):
     """A stream during which the rank that serves it, process `victim`, dies."""
-    counting = body_of("Count from 1 to 60", stream=True)
+    counting = body_of("Count from 1 to 60", stream=True, max_tokens=1500, ignore_eos=True)
     text, is_killed = "", False
     async with (
-        httpx.AsyncClient(base_url=url, timeout=60) as http,
+        httpx.AsyncClient(base_url=url, timeout=LIMIT_S) as http,
         http.stream("POST", CHAT, json=counting) as response,
     ):
         async for line in response.aiter_lines():
@@ -56,7 +54,7 @@ async def ask_and_kill(url, victim):
             if not is_killed and "5" in text:
                 is_killed = True
                 os.kill(victim, signal.SIGKILL)
-    assert text == " ".join(map(str, range(1, 61)))
+    assert text.startswith(" ".join(map(str, range(1, 61))))
 
 
 def test_requests_leave_traces(cluster):
@@ -66,7 +64,7 @@ def test_requests_leave_traces(cluster):
             (rank,) = driver_handle().ranks.remote().result()
             asyncio.run(ask_and_kill(url, rank.pid))
         # The service is gone: what its last seconds left was delivered when it ended.
-        whole, streamed, refused, left, *both, resumed = collector.wait_for(7, timeout_s=3)
+        whole, streamed, refused, left, *both, resumed = collector.wait_for(7, timeout_s=60)
         check_texts_are_absent(collector)
 
     assert {span.name for span in collector.requests()} == {f"POST {CHAT}"}
@@ -86,9 +84,9 @@ def test_requests_leave_traces(cluster):
     check_sums(collector, whole)
     check_sums(collector, streamed)
     check_one_waited_for_the_other(collector, *both)
-    assert left.attributes["gen_ai.usage.output_tokens"] < 400
-    ((name, _, told),) = resumed.events
-    assert (name, told["lockstep.epoch"]) == ("resumed", 2)
+    assert left.attributes["gen_ai.usage.output_tokens"] < 3500
+    assert {name for name, _, _ in resumed.events} == {"resumed"}
+    assert resumed.events[-1][2]["lockstep.epoch"] > 1
 
 
 def check_sums(collector, span):
@@ -106,7 +104,7 @@ def check_one_waited_for_the_other(collector, *both):
     """The engine runs one request at a time."""
     begun = [collector.children(span) for span in both]
     first, second = sorted(begun, key=lambda children: children[2].end)
-    assert second[0].end > (first[2].start + first[2].end) / 2
+    assert second[1].end >= first[2].end
 
 
 def check_texts_are_absent(collector):
