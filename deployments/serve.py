@@ -23,7 +23,7 @@ import msgspec
 from deployments.api_keys import read_keys
 from deployments.config import ServiceConfig
 from deployments.fit import check_fit, check_tokenizer
-from workers.config import ray_address, set_ray_environment
+from workers.config import ray_address, set_ray_environment, set_serve_ports
 
 APP_NAME = "lockstep"
 
@@ -54,6 +54,8 @@ def serve_forever(config: ServiceConfig) -> int:
     print(f"lockstep: starting Ray and checking {model}", flush=True)
     checking = _start_preflight(config)
     set_ray_environment()
+    if not ray_address():
+        set_serve_ports()
     with _only_our_lines(), _cluster(config):
         wrong = _finish(checking)
         error = wrong or _deploy(config)

@@ -14,6 +14,8 @@ arguments of `LLM`. This is also the one file that reads environment variables.
 
 import math
 import os
+import random
+import socket
 from pathlib import Path
 from typing import Literal
 
@@ -269,6 +271,36 @@ def set_ray_environment() -> None:
     """Set what Ray reads when it starts, unless the operator has chosen otherwise."""
     for name, value in RAY_SETTINGS.items():
         os.environ.setdefault(name, value)
+
+
+SERVE_PORTS = (
+    "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT",
+    "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT",
+    "RAY_SERVE_HAPROXY_METRICS_PORT",
+    "RAY_SERVE_HAPROXY_STATS_PORT",
+)
+"""Serve's own: by default the same on every machine, and opened so that two clusters can share
+them, whereupon one answers what the other is asked."""
+
+
+def set_serve_ports() -> None:
+    """Give a Serve that is started here ports that nobody listens on, unless the operator has.
+
+    They are below those that the kernel gives to outgoing connections.
+    """
+    free = filter(_is_free, random.sample(range(20_000, 30_000), 1000))
+    for name in SERVE_PORTS:
+        os.environ.setdefault(name, str(next(free)))
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return False
+    return True
 
 
 def ray_address() -> str:
