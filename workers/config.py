@@ -263,6 +263,9 @@ RAY_SETTINGS = {
     "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # after 5 s Serve would kill a slow start
+    # Every change of what Serve routes to is a new HAProxy; the old one ends its streams, and would
+    # be killed after two minutes, whatever they still had to say.
+    "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "3600",
 }
 """What Ray's processes must find in their environment from the start (see the README)."""
 

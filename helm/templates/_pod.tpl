@@ -30,6 +30,7 @@ capabilities:
 - {name: RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES, value: "1"}
 - {name: RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S, value: "0"}
 - {name: RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S, value: "60"}
+- {name: RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S, value: "3600"}
 - {name: PYTHONPATH, value: /app}
 - {name: HOME, value: /home/lockstep}
 - {name: LOCKSTEP_CACHE_DIR, value: /home/lockstep/.cache/lockstep}

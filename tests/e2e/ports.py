@@ -19,8 +19,10 @@ HTTP, METRICS, STATS, PROXY, GRPC_PROXY, DASHBOARD, AGENT, GCS, REPLICAS = range
 PATIENCE = {
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "120",
     "RAY_SERVE_HAPROXY_STARTUP_TIMEOUT_S": "120",
+    "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "3600",
 }
-"""Serve kills a proxy that is not up after 5 s, which it may take on a busy machine."""
+"""Serve kills a proxy that is not up after 5 s, which it may take on a busy machine; and, two
+minutes after a change of its routes, the HAProxy from before with the streams still on it."""
 
 
 class Ports:
