@@ -15,7 +15,13 @@ from dataclasses import dataclass, field
 from deployments.alignment import Prompts, align
 from deployments.scheduler import Accepted, Plan, Scheduler
 from parallel.layout import Layout
-from parallel.padding import PaddingMode, align_rows, choose_bucket, pad_rows
+from parallel.padding import (
+    PaddingMode,
+    align_rows,
+    choose_bucket,
+    choose_prompt_bucket,
+    pad_rows,
+)
 from parallel.padding_cost import PaddingCosts, pad_by_cost
 from workers.protocol import (
     LEDGER_HALF,
@@ -89,6 +95,7 @@ class Domain:
         row_multiple: int = 1,
         shares_rows: bool = False,
         buckets: Sequence[int] = (),
+        prompt_buckets: Sequence[int] = (),
         padding: PaddingMode | None = None,
         costs: PaddingCosts | None = None,
         most_held: int = 0,
@@ -98,10 +105,11 @@ class Domain:
 
         `row_multiple` and `shares_rows` are the collective plan's: what a replica's rows are padded
         to a multiple of, and whether rows of different replicas meet. `buckets` are the rows of the
-        decode graphs that all ranks have captured. Other steps are padded as `padding` says, else
-        by `costs`, else by the rule. Prompts are held for at most `most_held` steps, to begin with
-        those of other replicas (`deployments.alignment`). A step full of prompts is followed by
-        `prompt_interval` steps of decodes alone, if there are any.
+        decode graphs that all ranks have captured, `prompt_buckets` those of steps with prompts.
+        Other steps are padded as `padding` says, else by `costs`, else by the rule. Prompts are
+        held for at most `most_held` steps, to begin with those of other replicas
+        (`deployments.alignment`). A step full of prompts is followed by `prompt_interval` steps of
+        decodes alone, if there are any.
         """
         self.index = index
         self.ranks = layout.domain_ranks(index)
@@ -112,7 +120,7 @@ class Domain:
         self.num_steps = 0
         self._row_multiple = row_multiple
         self._shares_rows = shares_rows
-        self._buckets = tuple(buckets)
+        self._buckets, self._prompt_buckets = tuple(buckets), tuple(prompt_buckets)
         self._padding: PaddingMode | None = padding
         self._costs = costs
         self._most_held, self._prompt_interval = most_held, prompt_interval
@@ -141,7 +149,7 @@ class Domain:
         bodies = [encode(plan.body) for plan in plans]
         num_rows = tuple(plan.num_rows for plan in plans)
         mode = _mode(plans)
-        bucket, padding, padded_rows = self._pad(num_rows, mode)
+        bucket, padding, padded_rows = self._pad(plans, num_rows, mode)
         told = Header(
             epoch=self.epoch,
             step=number,
@@ -194,13 +202,20 @@ class Domain:
         self.num_held = self.num_held + 1 if self._prompts is Prompts.HELD else 0
         return self._prompts is not Prompts.HELD
 
-    def _pad(self, num_rows: tuple[int, ...], mode: int) -> tuple[int, int, tuple[int, ...]]:
+    def _pad(
+        self, plans: Sequence[Plan], num_rows: tuple[int, ...], mode: int
+    ) -> tuple[int, int, tuple[int, ...]]:
         """(bucket, padding, how many rows each replica computes): MLP sync, at no collective.
 
-        The bucket comes first: if all replicas decode or are idle, every rank replays its graph.
+        The bucket comes first: if all replicas decode or are idle, every rank replays its graph,
+        and so does it if some have prompts and all that they have fits into a graph for such.
         """
         has_prompts = mode in (Mode.EXTEND, Mode.MIXED)
-        bucket = 0 if has_prompts else choose_bucket(num_rows, self._buckets)
+        if has_prompts:
+            num_chunks = [len(plan.chunks) for plan in plans]
+            bucket = choose_prompt_bucket(num_rows, num_chunks, self._prompt_buckets)
+        else:
+            bucket = choose_bucket(num_rows, self._buckets)
         if bucket:
             padding = Padding.MAX_LEN if self._shares_rows else Padding.NONE
             return bucket, padding, (bucket,) * len(num_rows)

@@ -8,7 +8,7 @@ of that is a `GangFailed` that names the rank; the engine then ends the epoch an
 Time comes in as `now` (seconds, monotonic), messages go out through `send`: tests need no socket.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
@@ -91,6 +91,8 @@ class Model:
     """Pages of each replica."""
     buckets: tuple[int, ...] = ()
     """Rows of the decode graphs that all ranks capture."""
+    prompt_buckets: tuple[int, ...] = ()
+    """Rows of the graphs of steps with prompts that all ranks capture."""
 
 
 class MaskDue(NamedTuple):
@@ -324,13 +326,13 @@ class Gang:
             return
         every = list(self._ready.values())
         num_pages = min(one.max_pages for one in every)
-        common = set.intersection(*(set(one.buckets) for one in every))
         self.model = Model(
             every[0].max_model_len,
             every[0].vocab_size,
             every[0].stop_token_ids,
             num_pages,
-            tuple(sorted(common)),
+            _common(one.buckets for one in every),
+            _common(one.prompt_buckets for one in every),
         )
         longest = self.model.max_model_len
         if num_pages * self.config.page_size < longest:
@@ -372,6 +374,7 @@ class Gang:
                     row_multiple=self.plan.row_multiple,
                     shares_rows=self.plan.crosses_replicas,
                     buckets=self.model.buckets,
+                    prompt_buckets=self.model.prompt_buckets,
                     padding=None if padding in ("auto", "rule") else padding,
                     costs=costs,
                     most_held=self.config.prefill_delayer_max_delay_passes,
@@ -446,3 +449,8 @@ class Gang:
             culprits[0],
             cause=Cause.HUNG,
         )
+
+
+def _common(every: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
+    """Buckets that all ranks have, ascending."""
+    return tuple(sorted(set.intersection(*map(set, every))))

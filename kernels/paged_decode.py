@@ -73,15 +73,17 @@ def _cut_kernel(
         position = tl.load(position_ptr + at + places, mask=here, other=0).to(tl.int32)
         _, _, blocks = _read_of(position, window, BLOCK)
         total += tl.sum(tl.where(here, blocks, 0))
-    share = tl.cdiv(total, num_shares)
+    share = tl.maximum(tl.cdiv(total, num_shares), 1)
     used = 0
     for at in range(0, num_seqs, SEQS):
         seqs = at + places
         here = seqs < num_seqs
         position = tl.load(position_ptr + seqs, mask=here, other=0).to(tl.int32)
         _, _, blocks = _read_of(position, window, BLOCK)
+        reads = here & (blocks > 0)
+        blocks = tl.maximum(blocks, 1)
         length = tl.cdiv(blocks, tl.cdiv(blocks, share))
-        num_parts = tl.where(here, tl.cdiv(blocks, length), 0)
+        num_parts = tl.where(reads, tl.cdiv(blocks, length), 0)
         tl.store(length_ptr + seqs, length, mask=here)
         first = used + tl.cumsum(num_parts, 0) - num_parts
         for part in range(tl.max(num_parts)):
@@ -105,7 +107,10 @@ def num_shares_of(num_kv_heads: int, num_sms: int) -> int:
 
 
 def cut_sequences(positions_B: Tensor, num_shares: int, *, sliding_window: int | None) -> Cut:
-    """Cut what rows at `positions_B` read into parts of at most a `num_shares`-th of all blocks."""
+    """Cut what rows at `positions_B` read into parts of at most a `num_shares`-th of all blocks.
+
+    A row at position -1 reads nothing: it has no part, and `paged_decode` leaves its output alone.
+    """
     num_seqs, device = len(positions_B), positions_B.device
     refuse_unless(
         num_seqs > 0 and num_shares > 0,
@@ -283,7 +288,7 @@ def paged_decode(
     num_stages: int = 2,
     num_warps: int = 4,
 ) -> None:
-    """Fill `out_BHD`: row b attends tokens 0 to `positions_B[b]` of slot `slots_B[b]`.
+    """Fill `out_BHD`: row b attends tokens 0 to `positions_B[b]` of slot `slots_B[b]`; none at -1.
 
     `cut` is `cut_sequences`' for these positions and this window. `counters_C` (int32) has at least
     B * G zeros, and has zeros again when the launch is done.

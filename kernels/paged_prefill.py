@@ -124,11 +124,15 @@ def _prefill_kernel(
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
+    SKIP: tl.constexpr,
 ):
     block = tl.num_programs(1) - 1 - tl.program_id(1)  # a chunk's last rows take longest
     head = tl.program_id(0)
     first_row = tl.load(block_ptr + block * 4)
     num_rows = tl.load(block_ptr + block * 4 + 1).to(tl.int32)
+    if SKIP:  # noqa: SIM102 - without it, the program has no such branch at all
+        if num_rows == 0:
+            return
     first_token = tl.load(block_ptr + block * 4 + 2).to(tl.int32)
     slot = tl.load(block_ptr + block * 4 + 3)
     head_offset = head // (num_heads // num_kv_heads) * head_dim
@@ -179,10 +183,14 @@ def paged_prefill(
     scale: float,
     sliding_window: int | None,
     scales: Scales = NO_SCALES,
+    has_empty: bool = False,
     num_stages: int = 3,
     num_warps: int = 4,
 ) -> None:
-    """Fill the rows of `out_THD` that `blocks_M4` names; the others are left alone."""
+    """Fill the rows of `out_THD` that `blocks_M4` names; the others are left alone.
+
+    With `has_empty` many blocks may have no rows: their programs end at once.
+    """
     _, num_heads, head_dim = q_THD.shape
     num_kv_heads = keys_XGD.shape[1]
     refuse_unless(
@@ -216,5 +224,6 @@ def paged_prefill(
         BLOCK=BLOCK_TOKENS,
         STAGES=num_stages,
         PRECISION="ieee" if q_THD.dtype == torch.float32 else "tf32",
+        SKIP=has_empty,
         num_warps=num_warps,
     )

@@ -18,6 +18,16 @@ chosen before anything else: every replica is padded to it, idle ones too.
 
     >>> buckets_up_to(20), choose_bucket((3, 0), buckets_up_to(20))
     ((1, 2, 3, 4, 5, 6, 7, 8, 16, 20), 3)
+
+So may be steps with a few rows of prompts (`prefill_graph_max_tokens`), from graphs of their own. A
+larger bucket holds more chunks of prompts, too.
+
+    >>> prompt_buckets_up_to(200), prompt_buckets_up_to(640)
+    ((16, 32, 64, 128, 200), (16, 32, 64, 128, 256, 384, 512, 640))
+    >>> choose_prompt_bucket((40, 3), (4, 0), (16, 32, 64, 128))
+    64
+    >>> choose_prompt_bucket((40, 3), (5, 0), (16, 32, 64, 128))
+    128
 """
 
 from collections.abc import Sequence
@@ -28,6 +38,12 @@ PaddingMode = Literal["max_len", "sum_len", "sum_slots", "sum_buffer"]
 SMALL_BUCKETS = range(1, 9)
 """Few rows are never padded: at batch 1 to 8 kernels, and their tuning, see the true number."""
 BUCKET_STEP = 16
+SMALL_PROMPT_BUCKETS = (16, 32, 64)
+PROMPT_BUCKET_STEP = 128
+"""Of steps with prompts. Up to 128 rows a product takes hardly longer than for 16."""
+ROWS_A_CHUNK = 16
+MIN_CHUNKS = 4
+"""For each `ROWS_A_CHUNK` rows of a bucket there is room for a chunk, and for so many in any."""
 
 
 class Padded(NamedTuple):
@@ -82,7 +98,34 @@ def buckets_up_to(max_num_seqs: int, row_multiple: int = 1) -> tuple[int, ...]:
     return tuple(dict.fromkeys(align_rows(sizes, row_multiple)))
 
 
+def prompt_buckets_up_to(max_rows: int, row_multiple: int = 1) -> tuple[int, ...]:
+    """Rows of a replica for which a step with prompts is captured; the last hold `max_rows`.
+
+    None for `max_rows` of 0.
+    """
+    steps = range(PROMPT_BUCKET_STEP, max_rows, PROMPT_BUCKET_STEP)
+    sizes = [size for size in (*SMALL_PROMPT_BUCKETS, *steps) if size < max_rows]
+    return tuple(dict.fromkeys(align_rows([*sizes, max_rows], row_multiple))) if max_rows else ()
+
+
 def choose_bucket(num_rows: Sequence[int], buckets: Sequence[int]) -> int:
     """The smallest bucket that holds every replica's rows; 0 if none does, or nobody has any."""
     most = max(num_rows)
     return next((bucket for bucket in buckets if 0 < most <= bucket), 0)
+
+
+def chunks_in_bucket(bucket: int) -> int:
+    """How many chunks a replica may have in a replayed step: their attention is launched for all.
+
+    >>> chunks_in_bucket(16), chunks_in_bucket(512)
+    (4, 32)
+    """
+    return max(MIN_CHUNKS, bucket // ROWS_A_CHUNK)
+
+
+def choose_prompt_bucket(
+    num_rows: Sequence[int], num_chunks: Sequence[int], buckets: Sequence[int]
+) -> int:
+    """The smallest bucket that holds every replica's rows and chunks; 0 if none does."""
+    chunks = max(num_chunks)
+    return choose_bucket(num_rows, [each for each in buckets if chunks <= chunks_in_bucket(each)])

@@ -11,7 +11,7 @@ def header_of(
     bucket: int = 0,
     epoch: int = 1,
     step: int = 0,
-    mode: int = Mode.MIXED,
+    mode: int | None = None,
     padding: int = Padding.NONE,
     bodies: tuple[bytes, ...] = (),
     previous: bytes = b"",
@@ -19,8 +19,10 @@ def header_of(
 ) -> Header:
     """Rows of each replica: all of them sample, and none are padded, if nothing else is said.
 
-    With a bucket all replicas are padded to it.
+    With a bucket all replicas are padded to it, and a step of no other mode is one of decodes.
     """
+    if mode is None:
+        mode = Mode.DECODE if bucket else Mode.MIXED
     if padded_rows is None:
         padded_rows = (bucket,) * len(num_rows) if bucket else num_rows
     return Header(

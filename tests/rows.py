@@ -438,6 +438,13 @@ MUTATIONS: tuple[Mutation, ...] = (
         "",
     ),
     Mutation(
+        "S11",
+        "padding of a replayed step with prompts is routed to experts",
+        "workers/prompt_graphs.py",
+        "    inputs.num_live_P[:] = num_live\n",
+        "    inputs.num_live_P[:] = sizes.num_rows\n",
+    ),
+    Mutation(
         "S12",
         "idle replicas are not padded to the bucket",
         "deployments/domain.py",
@@ -464,6 +471,34 @@ MUTATIONS: tuple[Mutation, ...] = (
         "parallel/symmetric.py",
         "    return x.clone() if group.arena.is_open and group.arena.find(x) is not None else x\n",
         "    return x\n",
+    ),
+    Mutation(
+        "S12",
+        "rows that fill a step with prompts up are stored on somebody's page",
+        "workers/prompt_graphs.py",
+        "    inputs.places_T[num_rows:] = spare_place\n",
+        "    inputs.places_T[num_rows:] = 0\n",
+    ),
+    Mutation(
+        "S12",
+        "a step with more chunks than its graph has room for is replayed",
+        "parallel/padding.py",
+        "[each for each in buckets if chunks <= chunks_in_bucket(each)]",
+        "buckets",
+    ),
+    Mutation(
+        "S13",
+        "a replayed step with prompts reads only the first of them",
+        "workers/prompt_graphs.py",
+        "        blocks_M4 = cut_chunks(chunk.span for chunk in rows.chunks)\n",
+        "        blocks_M4 = cut_chunks(chunk.span for chunk in rows.chunks[:1])\n",
+    ),
+    Mutation(
+        "S13",
+        "rows that are no decodes are cut as if they read a token",
+        "kernels/paged_decode.py",
+        "        reads = here & (blocks > 0)\n",
+        "        reads = here\n",
     ),
     Mutation(
         "S13",

@@ -35,6 +35,11 @@ def bytes_per_page(
     return num_layers * page_size * sum(map(math.prod, shapes)) * dtype.itemsize
 
 
+def is_latent(shapes: RowShapes) -> bool:
+    """Whether a token has one row of numbers for all heads, not keys and values of heads."""
+    return len(shapes[0]) == 1
+
+
 def pages_that_fit(num_bytes: int, page_bytes: int, *, most: int) -> int:
     """Pages in `num_bytes`, but no more than could ever be used."""
     return min(max(num_bytes, 0) // page_bytes, most)
@@ -58,6 +63,7 @@ class PagedCache:
         self.num_pages = num_pages
         self.page_size = page_size
         self.device = device
+        self._shapes = shapes
         # NOTE: zeros, not empty. Attention in torch reads whole pages and multiplies what is past
         # a sequence's end by 0, and 0 times a stray NaN is NaN.
         self._bits = tuple(
@@ -77,7 +83,7 @@ class PagedCache:
     @property
     def is_latent(self) -> bool:
         """It keeps one row of numbers a token for all heads, not keys and values of heads."""
-        return self.parts[0].dim() == 4
+        return is_latent(self._shapes)
 
     @property
     def num_bytes(self) -> int:

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from kernels.fp8 import E4M3, Scales
-from workers.cache import RowShapes
+from workers.cache import RowShapes, is_latent
 from workers.models import Model
 
 FP8_CAPABILITY = (8, 9)
@@ -36,7 +36,7 @@ def stored_dtype(asked: KVCacheDtype, shapes: RowShapes, dtype: torch.dtype) -> 
     """For a token's parts of these shapes in a model that computes in `dtype`."""
     if asked == "auto":
         return dtype
-    if len(shapes[0]) == 1:
+    if is_latent(shapes):
         raise ValueError(
             "kv_cache_dtype=fp8_e4m3 is offered for keys and values of heads, and this model "
             "caches a latent: take kv_cache_dtype=auto"

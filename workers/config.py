@@ -56,6 +56,8 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """Requests of one replica that may run at once."""
     max_num_batched_tokens: int = 8192
     """Tokens one replica may compute in one step."""
+    prefill_graph_max_tokens: int = 0
+    """Steps with prompts of up to so many tokens are replayed from CUDA graphs; 0: none are."""
     max_queued_requests: int = 4096
     """Requests that may wait for a slot; one more is answered 429."""
     max_model_len: int | None = None
@@ -118,6 +120,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         for name in (
             *("max_restarts", "prefill_delayer_max_delay_passes", "prefill_decode_interval"),
+            "prefill_graph_max_tokens",
         ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")

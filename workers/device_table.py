@@ -24,7 +24,7 @@ class DeviceTable:
     ) -> None:
         shape = (num_slots + 1, num_pages_a_slot)
         self.table_SN = torch.zeros(shape, dtype=torch.int32, device=device)
-        self.spare_slot = num_slots
+        self.spare_slot, self.spare_page = num_slots, spare_page
         self.table_SN[num_slots] = spare_page
 
     def update(self, changes: Sequence[TableChange], upload: Upload) -> None:

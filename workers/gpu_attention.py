@@ -1,7 +1,8 @@
 """Attention on a GPU over keys and values of heads: our Triton kernels read the pages.
 
 `GpuAttention` serves any step: decodes first, then chunks' rows. `prepare` takes a step's rows from
-the host; `prepare_decodes` takes rows that are on the device already, as a CUDA graph needs it.
+the host; `prepare_decodes` takes rows that are on the device already, as a CUDA graph needs it, and
+`prepare_mixed` takes such with chunks.
 `workers.gpu_latent_attention` is its like for caches of latents, `workers.attention` for CPUs.
 
 Shapes: T rows, B decodes, H heads, G kv heads, D head dim, N heads of a projection, M blocks of
@@ -32,7 +33,7 @@ class _Decodes(NamedTuple):
 
 
 class GpuAttention(ProjectionAttention):
-    """Made once; one of the two `prepare`s is called before each forward."""
+    """Made once; one of the `prepare`s is called before each forward."""
 
     unmeasured_bytes = 0
     """A step of long sequences takes no more than one of short ones."""
@@ -49,6 +50,8 @@ class GpuAttention(ProjectionAttention):
         self._places_T = torch.empty(0, dtype=torch.int64, device=device)
         self._decodes: _Decodes | None = None
         self._blocks_M4: Tensor | None = None
+        self._has_empty = False
+        """Whether blocks may have no rows."""
 
     def prepare(
         self, rows: StepRows, positions_T: Tensor, places_T: Tensor, upload: Upload
@@ -56,6 +59,7 @@ class GpuAttention(ProjectionAttention):
         """Take a step's rows; the tensors are `rows`' own, on the device."""
         self._places_T = places_T
         self._decodes = self._blocks_M4 = None
+        self._has_empty = False
         count = len(rows.decode_slots_B)
         if count:
             self._decodes = _Decodes(upload(rows.decode_slots_B), positions_T[:count], {})
@@ -67,6 +71,17 @@ class GpuAttention(ProjectionAttention):
         self._places_T = places_B
         self._decodes = _Decodes(slots_B, positions_B, {})
         self._blocks_M4 = None
+
+    def prepare_mixed(
+        self, slots_B: Tensor, positions_B: Tensor, places_T: Tensor, blocks_M4: Tensor
+    ) -> None:
+        """Take decodes and chunks that are read when the kernels run, for a CUDA graph.
+
+        The first rows may be decodes and are none at position -1; a block may have no rows.
+        """
+        self._places_T = places_T
+        self._decodes = _Decodes(slots_B, positions_B, {})
+        self._blocks_M4, self._has_empty = blocks_M4, True
 
     def attend(
         self,
@@ -143,6 +158,7 @@ class GpuAttention(ProjectionAttention):
                 scale=scale,
                 sliding_window=window,
                 scales=self._cache.scales(layer),
+                has_empty=self._has_empty,
             )
         return out_THD
 

@@ -12,16 +12,16 @@ it they work out which rows are routed to experts and counted. Rows that fill a 
 spare slot's: they write to a page that is nobody's. With context parallelism each part computes
 its rows of the bucket, and the replica's ranks bring hidden rows together before the head.
 
-A graph works on slots of the symmetric arena, which stay where they are for good, and on memory
-that belongs to it alone. Its collectives are kept as the ledger recorded them at capture, and count
-at each replay; `captured` is what ranks compare before the first step.
+A graph works on slots of the symmetric arena, which stay where they are for good, and on memory of
+the graphs alone (`workers.recording`). Its collectives are those recorded at capture, which ranks
+compare before the first step. Steps with prompts have their own graphs, `workers.prompt_graphs`.
 
 On a CPU nothing is captured and the same rows are run as they are, which is how it is tested.
 
 Shapes: B rows of a bucket, P replicas, V vocabulary, S slots, R turns of the ring.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -32,13 +32,14 @@ from torch import Tensor
 from kernels.decode_rows import Rows, close_rows, open_rows
 from parallel.context import part_counts
 from parallel.dp_attention import RowCounts, Upload
-from parallel.groups import Call, Ledger, digest_of
+from parallel.groups import Call, Ledger
 from workers.batch import ForwardBatch, StepRows
 from workers.context import ContextParts
 from workers.device_table import DeviceTable
 from workers.gpu_attention import GpuAttention
 from workers.gpu_latent_attention import GpuLatentAttention
 from workers.models import Model
+from workers.recording import Recorder
 
 RING = 4
 """Steps whose ids the host may not have read yet; a worker has two in flight."""
@@ -71,6 +72,7 @@ class DecodeGraphs:
         table: DeviceTable,
         last_token_S: Tensor,
         ledger: Ledger,
+        recorder: Recorder,
         parts: ContextParts,
         upload: Upload,
         *,
@@ -79,7 +81,7 @@ class DecodeGraphs:
         num_replicas: int,
     ) -> None:
         """`buckets` ascend; they are rows of each of `num_replicas`, whose parts are `parts`."""
-        self._ledger, self._upload = ledger, upload
+        self._ledger, self._recorder, self._upload = ledger, recorder, upload
         self._num_parts = parts.num_parts
         self._part_of = {bucket: parts.part_of_bucket(bucket) for bucket in buckets}
         self.buckets = tuple(buckets)
@@ -87,7 +89,6 @@ class DecodeGraphs:
         self._model, self._attention, self._table = model, attention, table
         self._page_size = page_size
         device = last_token_S.device
-        self._device = device
         self._slots_B = torch.full((most_rows,), table.spare_slot, device=device)
         self._positions_B = torch.zeros(most_rows, dtype=torch.int64, device=device)
         self._num_replicas = num_replicas
@@ -101,42 +102,20 @@ class DecodeGraphs:
         self._ring_R2B = torch.zeros(RING, 2, most_rows, dtype=torch.int32, pin_memory=is_gpu)
         self._highest_RB = self._ring_R2B[:, 1].view(torch.float32)
         self._graphs: dict[int, _Graph] = {}
-        self._pool = torch.cuda.graph_pool_handle() if is_gpu else None
-        self._stream = torch.cuda.Stream(device) if is_gpu else None
         self._num_turns = 0
         self._slots: NDArray[np.int64] | None = None
         self._bucket = 0
 
-    def capture(self, report: Callable[[int, int], None]) -> None:
-        """Capture all buckets, the largest first: the others fit into its memory."""
-        for done, bucket in enumerate(reversed(self.buckets)):
-            report(done, len(self.buckets))
-            self.capture_one(bucket)
-        report(len(self.buckets), len(self.buckets))
-
     @property
-    def captured(self) -> bytes:
-        """Digests of all graphs' collectives, like a step's: ranks must have captured the same."""
-        return digest_of(
-            [call for _, graph in sorted(self._graphs.items()) for call in graph.calls]
-        )
+    def calls(self) -> list[Call]:
+        """Of all graphs: ranks must have captured the same."""
+        return [call for _, graph in sorted(self._graphs.items()) for call in graph.calls]
 
     def capture_one(self, bucket: int) -> None:
         rows = self._rows(bucket)
-        logits_BV = self._run(rows)  # compiles, and makes what libraries make at first use
-        self._num_turns += 1
-        calls = self._ledger.cut()
-        if self._pool is None:
-            self._graphs[bucket] = _Graph(None, rows, logits_BV, calls)
-            return
-        torch.cuda.synchronize(self._device)
-        graph = torch.cuda.CUDAGraph()
-        # NOTE: `torch.cuda.graph` would also collect garbage and empty the cache for each bucket.
-        with torch.cuda.stream(self._stream):
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            logits_BV = self._run(rows)
-            graph.capture_end()
-        self._graphs[bucket] = _Graph(graph, rows, logits_BV, self._ledger.cut())
+        graph, logits_BV, calls = self._recorder.record(lambda: self._run(rows))
+        self._num_turns += 1  # as the device counts it: what is captured has been run once
+        self._graphs[bucket] = _Graph(graph, rows, logits_BV, calls)
 
     def forget_rows(self) -> None:
         """Another kind of step has run: rows on the device are no longer the newest."""

@@ -42,7 +42,7 @@ from numpy.typing import NDArray
 
 from parallel.padding_cost import PaddingCurves
 
-PROTOCOL_VERSION = 10
+PROTOCOL_VERSION = 11
 """Raised whenever a struct changes; a worker of another version is refused at `Hello`."""
 
 MAX_MESSAGE_BYTES = 64 * 2**20
@@ -180,7 +180,10 @@ class Header(Message, frozen=True):
     padded_rows: tuple[int, ...]
     """Rows of each replica as the model sees them."""
     bucket: Natural
-    """Rows of the captured graph that every rank replays, idle ones too; 0 runs eagerly."""
+    """Rows of the captured graph that every rank replays, idle ones too; 0 runs eagerly.
+
+    By `mode` it is a graph of decodes alone, or one of steps with prompts.
+    """
     bodies: tuple[bytes, ...]
     """`digest` of every replica's body."""
     previous: bytes
@@ -246,6 +249,8 @@ class Ready(Message, frozen=True, tag="ready"):
     """What padding costs, as this rank measured it; None if it is not asked."""
     plan: bytes = b""
     """Digest of the collective plan that it compiled, from the config.json that it reads."""
+    prompt_buckets: tuple[int, ...] = ()
+    """Rows of the graphs that it will capture of steps with prompts; none unless it is asked to."""
 
 
 class Started(Message, frozen=True, tag="started"):

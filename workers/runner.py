@@ -16,11 +16,11 @@ import torch
 
 from parallel.groups import Groups
 from parallel.layout import Layout
-from parallel.padding import buckets_up_to
+from parallel.padding import buckets_up_to, prompt_buckets_up_to
 from parallel.padding_cost import PaddingCurves
 from workers import bundled
 from workers.architectures import plan_of
-from workers.cache import bytes_per_page, pages_that_fit
+from workers.cache import bytes_per_page, is_latent, pages_that_fit
 from workers.cache_format import format_of
 from workers.config import EngineConfig
 from workers.expert_load import ExpertTally
@@ -101,10 +101,14 @@ class ModelRunner:
             buckets_up_to(config.max_num_seqs, self._row_multiple) if self._use_kernels else ()
         )
         """Rows of a replica for which a decode is captured."""
+        self.prompt_buckets: tuple[int, ...] = ()
+        """Rows of a replica for which a step with prompts is captured."""
         self.captured = b""
         """Digests of the graphs' collectives; empty where nothing is captured."""
         with torch.inference_mode():
             self._model = make_model(config, layout, rank, groups, device, progress)
+        if self._use_kernels and config.prefill_graph_max_tokens:
+            self.prompt_buckets = self._choose_prompt_buckets(tells=rank == 0)
         self._cache_format = format_of(config.kv_cache_dtype, self._model, device)
         if rank == 0 and self._cache_format.lacks_scales:
             print(
@@ -152,6 +156,20 @@ class ModelRunner:
             print(self._memory_table(num_pages), flush=True)
             tell_of_compilations(_complain_of_compilation)
 
+    def _choose_prompt_buckets(self, *, tells: bool) -> tuple[int, ...]:
+        """None where the forward pass of a step with prompts cannot be captured."""
+        config, why = self._config, ""
+        if config.attn_cp_size > 1:
+            why = "with attn_cp_size > 1 every prompt is cut in its own way"
+        elif is_latent(self._model.cache_shapes):
+            why = "this model's attention reads latents"
+        if why:
+            if tells:
+                print(f"prefill_graph_max_tokens: steps with prompts have no graphs, {why}")
+            return ()
+        most = min(config.prefill_graph_max_tokens, config.max_num_batched_tokens)
+        return prompt_buckets_up_to(most, self._row_multiple)
+
     def launch(self, header: Header, body: Body, replica: int) -> PendingStep:
         """Queue a step. A body that this rank cannot obey is a `ProtocolError`."""
         return self._steps.launch(header, body, replica)
@@ -181,6 +199,7 @@ class ModelRunner:
             max_model_len=self.max_model_len,
             num_pages=num_pages,
             buckets=self.buckets,
+            prompt_buckets=self.prompt_buckets,
             use_kernels=self._use_kernels,
         )
 
@@ -245,15 +264,16 @@ class ModelRunner:
         return usable - sum(self._memory.values()) - self._page_bytes()
 
     def _measure_graphs(self, steps: StepRunner) -> int:
-        """What graphs take: the largest is measured, the others live in its memory."""
+        """What graphs take: the largest are measured, the others live in their memory."""
         if not self.buckets:
             return 0
         torch.cuda.synchronize(self._device)
         torch.cuda.empty_cache()
         before, _ = torch.cuda.mem_get_info(self._device)
-        graphs = steps.capture_largest()
+        kinds = steps.capture_largest()
         after, _ = torch.cuda.mem_get_info(self._device)
-        return max(0, before - after) + GRAPH_BYTES * len(graphs.buckets)
+        num_graphs = sum(len(kind.buckets) for kind in kinds)
+        return max(0, before - after) + GRAPH_BYTES * num_graphs
 
     def _memory_table(self, num_pages: int) -> str:
         """Where this rank's memory goes, in GiB: measured, except for the cache."""

@@ -5,8 +5,9 @@ work is done when `launch` returns. Between the two lies the overlap: step n+1 m
 before step n is finished, because what n+1 needs of n never leaves the device.
 
 A step obeys the body (`batch.py`), is compared with its header (`step_checks.py`), and goes one of
-two ways: decodes that have a bucket are replayed (`graphs.py`), anything else is launched here,
-kernel by kernel. Either way it is sampled (`sampling.py`), and its results are on their way.
+three ways: decodes that have a bucket are replayed (`graphs.py`), the forward pass of few rows with
+prompts among them may be (`prompt_graphs.py`), anything else is launched here, kernel by kernel.
+Each way it is sampled (`sampling.py`), and its results are on their way.
 
 Shapes: T rows of the step, R rows that sample, D model width, V vocabulary.
 """
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from parallel.dp_attention import RowCounts
-from parallel.groups import Groups, Ledger
+from parallel.groups import Groups, Ledger, digest_of
 from parallel.padding import align_rows
 from workers.attention import PagedAttention
 from workers.batch import BatchState, ForwardBatch, ProtocolError, StepRows
@@ -32,13 +33,14 @@ from workers.context import ContextParts, StepPart
 from workers.expert_load import ExpertTally
 from workers.models import Model
 from workers.prompt_logprobs import PendingPrompt, PromptLogprobs, prompt_logprobs
-from workers.protocol import Admit, Body, Header, Mask, Padding, TokenLogprobs
+from workers.protocol import Admit, Body, Header, Mask, Mode, Padding, TokenLogprobs
 from workers.sampling import Allowed, PendingLogprobs, Sampler
-from workers.step_checks import check_bucket, check_header, check_mask
+from workers.step_checks import check_bucket, check_header, check_mask, check_prompt_bucket
 from workers.transfers import Transfers
 
 if TYPE_CHECKING:
     from workers.graphs import DecodeGraphs
+    from workers.prompt_graphs import Forwarded, PromptGraphs
 
 IN_ONE_BUFFER = {Padding.SUM_SLOTS: False, Padding.SUM_BUFFER: True}
 """Where a header says how uneven rows are exchanged."""
@@ -102,19 +104,22 @@ class StepRunner:
         max_model_len: int,
         num_pages: int,
         buckets: tuple[int, ...],
+        prompt_buckets: tuple[int, ...],
         use_kernels: bool,
     ) -> None:
-        """The pages are those that requests may have; `buckets` are captured by `capture`."""
+        """The pages are those that requests may have; both `buckets` are captured by `capture`."""
         self._model, self._config = model, config
         self._transfers, self._expert_tally = transfers, expert_tally
         self._num_replicas, self._row_multiple = num_replicas, row_multiple
         self._max_model_len = max_model_len
         self._num_pages = num_pages
-        self._buckets = buckets
+        self._buckets, self._prompt_buckets = buckets, prompt_buckets
         self._use_kernels = use_kernels
+        self._groups = groups
         self._ledger: Ledger = groups.ledger
         self._parts = ContextParts(groups.attn_cp, transfers.upload)
         self._graphs: DecodeGraphs | None = None
+        self._prompt_graphs: PromptGraphs | None = None
         self.cache = PagedCache(
             model.num_layers,
             model.cache_shapes,
@@ -131,7 +136,9 @@ class StepRunner:
         with torch.inference_mode():
             rows = self._state.apply(body)
             check_header(header, rows, replica)
-            if header.bucket:
+            if header.bucket and header.mode in (Mode.EXTEND, Mode.MIXED):
+                check_prompt_bucket(header, rows, self._prompt_buckets)
+            elif header.bucket:
                 check_bucket(header, rows, self._buckets)
                 return self._replay(rows, header, body)
             counts = RowCounts(
@@ -141,7 +148,7 @@ class StepRunner:
                 header.num_prompt_rows,
                 IN_ONE_BUFFER.get(header.padding),
             )
-            return self._launch(rows, body.admits, counts, replica, body.num_masked)
+            return self._launch(rows, body.admits, counts, replica, body.num_masked, header.bucket)
 
     def mask(self, pending: PendingStep, mask: Mask) -> None:
         """Sample the rows of a step whose body announced this mask."""
@@ -188,8 +195,12 @@ class StepRunner:
         counts: RowCounts,
         replica: int,
         num_masked: int = 0,
+        bucket: int = 0,
     ) -> PendingStep:
-        """An idle replica takes part with padding alone, or with no rows, if another has some."""
+        """An idle replica takes part with padding alone, or with no rows, if another has some.
+
+        With a bucket the forward pass is a replay.
+        """
         self._prepare_pages(rows)
         if self._graphs is not None:
             self._graphs.forget_rows()
@@ -198,8 +209,11 @@ class StepRunner:
         if not any(counts.padded):
             return PendingStep(rows, self._ledger.take())
         part = self._parts.part_of(rows)
-        batch = self._batch(rows, counts, replica, part)
-        hidden_TD = self._model.forward(batch)
+        if bucket:
+            hidden_TD, logit_rows_R = self._forward_by_graph(rows, counts, bucket)
+        else:
+            batch = self._batch(rows, counts, replica, part)
+            hidden_TD, logit_rows_R = self._model.forward(batch), batch.logit_rows_R
         prompts = prompt_logprobs(
             self._model,
             self._sampler,
@@ -211,7 +225,7 @@ class StepRunner:
         )
         logits_RV = None
         if any(counts.num_logit_rows):
-            hidden_RD = self._logit_rows(hidden_TD, rows, batch, part)
+            hidden_RD = self._logit_rows(hidden_TD, rows, logit_rows_R, part)
             logits_RV = self._model.logits(hidden_RD, counts.num_logit_rows)
             if rows.num_logit_rows == 0:  # an idle replica lends its part of the head
                 logits_RV = None
@@ -230,6 +244,11 @@ class StepRunner:
         else:
             self._sample(pending, logits_RV, None)
         return pending
+
+    def _forward_by_graph(self, rows: StepRows, counts: RowCounts, bucket: int) -> "Forwarded":
+        if self._prompt_graphs is None:
+            raise ProtocolError("no graph of steps with prompts is captured")
+        return self._prompt_graphs.launch(rows, bucket, counts.num_real)
 
     def _replay(self, rows: StepRows, header: Header, body: Body) -> PendingStep:
         """A step of decodes alone, by a captured graph; an idle replica replays it on padding."""
@@ -287,7 +306,7 @@ class StepRunner:
             self._table.update(self._state.table_changes, self._transfers.upload)
 
     def _logit_rows(
-        self, hidden_TD: Tensor, rows: StepRows, batch: ForwardBatch, part: StepPart | None
+        self, hidden_TD: Tensor, rows: StepRows, logit_rows_R: Tensor, part: StepPart | None
     ) -> Tensor:
         """Hidden rows (R, D) that sample, all of the replica's."""
         if rows.num_logit_rows == 0:
@@ -295,7 +314,7 @@ class StepRunner:
         if part is not None:
             return part.take(hidden_TD, rows.logit_rows_R)
         if rows.chunks:
-            return hidden_TD.index_select(0, batch.logit_rows_R)
+            return hidden_TD.index_select(0, logit_rows_R)
         return hidden_TD[: rows.num_logit_rows]
 
     def _row_sums(self, hidden_TD: Tensor, part: StepPart | None) -> Tensor:
@@ -377,33 +396,65 @@ class StepRunner:
         return self._attention.unmeasured_bytes
 
     def capture(self, report: Callable[[int, int], None]) -> bytes:
-        """Capture a graph for every bucket; digests of their collectives."""
-        with torch.inference_mode():
-            self._graphs = self._new_graphs()
-            self._graphs.capture(report)
-        return self._graphs.captured
+        """Capture a graph for every bucket; digests of their collectives.
 
-    def capture_largest(self) -> "DecodeGraphs":
-        """Only the largest, and not for use: to see how much memory it takes."""
+        The largest of a kind is first: the others fit into its memory.
+        """
         with torch.inference_mode():
-            graphs = self._new_graphs()
-            graphs.capture_one(graphs.buckets[-1])
-        return graphs
+            self._prompt_graphs, self._graphs = kinds = self._new_graphs()
+            todo = [(kind, bucket) for kind in kinds if kind for bucket in reversed(kind.buckets)]
+            for done, (kind, bucket) in enumerate(todo):
+                report(done, len(todo))
+                kind.capture_one(bucket)
+            report(len(todo), len(todo))
+            return digest_of([call for kind in kinds if kind for call in kind.calls])
 
-    def _new_graphs(self) -> "DecodeGraphs":
+    def capture_largest(self) -> "list[PromptGraphs | DecodeGraphs]":
+        """Only the largest of each kind, and not for use: to see how much memory they take."""
+        with torch.inference_mode():
+            kinds = [kind for kind in self._new_graphs() if kind]
+            for kind in kinds:
+                kind.capture_one(kind.buckets[-1])
+        return kinds
+
+    def _new_graphs(self) -> "tuple[PromptGraphs | None, DecodeGraphs]":
+        """Nothing is captured yet."""
         from workers.graphs import DecodeGraphs
+        from workers.recording import Recorder
 
         if isinstance(self._attention, PagedAttention) or self._table is None:
             raise ValueError("torch's attention cannot be captured")
-        return DecodeGraphs(
+        recorder = Recorder(self._transfers.device, self._ledger)
+        decodes = DecodeGraphs(
             self._model,
             self._attention,
             self._table,
             self._sampler.last_token_S,
             self._ledger,
+            recorder,
             self._parts,
             self._transfers.upload,
             page_size=self._config.page_size,
             buckets=self._buckets,
             num_replicas=self._num_replicas,
         )
+        if not self._prompt_buckets:
+            return None, decodes
+        from workers.gpu_attention import GpuAttention
+        from workers.prompt_graphs import PromptGraphs
+
+        if not isinstance(self._attention, GpuAttention) or self._parts.num_parts > 1:
+            raise ValueError("steps with prompts cannot be captured of latents, or in parts")
+        prompts = PromptGraphs(
+            self._model,
+            self._attention,
+            self._table,
+            self._sampler.last_token_S,
+            self._groups,
+            recorder,
+            self._transfers.upload,
+            page_size=self._config.page_size,
+            buckets=self._prompt_buckets,
+            num_replicas=self._num_replicas,
+        )
+        return prompts, decodes

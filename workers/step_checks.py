@@ -3,6 +3,7 @@
 Anything else is a `ProtocolError`, before the step has changed more than the slots.
 """
 
+from parallel.padding import chunks_in_bucket
 from workers.batch import ProtocolError, StepRows
 from workers.protocol import Header, Mask, mask_bytes, unpack
 
@@ -35,6 +36,23 @@ def check_bucket(header: Header, rows: StepRows, buckets: tuple[int, ...]) -> No
             f"step {header.step} of {rows.num_rows} rows, {len(rows.chunks)} chunks among them, "
             f"wants a graph of {header.bucket} rows; there are graphs of {buckets}"
         )
+    _check_padded_to_bucket(header)
+
+
+def check_prompt_bucket(header: Header, rows: StepRows, buckets: tuple[int, ...]) -> None:
+    """The same of a step with prompts, if not in this replica."""
+    most_chunks = chunks_in_bucket(header.bucket)
+    fits = rows.num_rows <= header.bucket and len(rows.chunks) <= most_chunks
+    if header.bucket not in buckets or not fits:
+        raise ProtocolError(
+            f"step {header.step} of {rows.num_rows} rows, {len(rows.chunks)} chunks among them, "
+            f"wants a graph with prompts of {header.bucket} rows and at most {most_chunks} chunks; "
+            f"there are such graphs of {buckets}"
+        )
+    _check_padded_to_bucket(header)
+
+
+def _check_padded_to_bucket(header: Header) -> None:
     if set(header.padded_rows) != {header.bucket}:
         raise ProtocolError(
             f"step {header.step} wants a graph of {header.bucket} rows of every replica and pads "

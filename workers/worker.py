@@ -105,6 +105,11 @@ class Runner(Protocol):
         ...
 
     @property
+    def prompt_buckets(self) -> tuple[int, ...]:
+        """Rows of the graphs of steps with prompts, the same."""
+        ...
+
+    @property
     def padding_curves(self) -> PaddingCurves | None:
         """What padding costs, if it was measured."""
         ...
@@ -338,6 +343,7 @@ class Worker:
             tuple(runner.buckets),
             runner.padding_curves,
             plan_of(self._spec.config).digest,
+            tuple(runner.prompt_buckets),
         )
 
     def _await(self, link: DriverLink, wanted: type[Wanted]) -> Wanted:

@@ -23,7 +23,7 @@ class InstantRunner:
     max_model_len = 8192
     vocab_size = 1000
     stop_token_ids = (2,)
-    buckets = ()
+    buckets = prompt_buckets = ()
     captured = b""
     padding_curves = None
 

@@ -4,7 +4,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parallel.padding import buckets_up_to, choose_bucket, choose_padding, pad_rows
+from parallel.padding import (
+    buckets_up_to,
+    choose_bucket,
+    choose_padding,
+    choose_prompt_bucket,
+    chunks_in_bucket,
+    pad_rows,
+    prompt_buckets_up_to,
+)
 
 pytestmark = pytest.mark.row("S10")
 
@@ -62,3 +70,23 @@ def test_a_bucket_holds_every_replica_and_no_smaller_one_does(counts, most, mult
         assert bucket == 0
     else:
         assert next(size for size in buckets if size >= max(counts)) == bucket
+
+
+@pytest.mark.row("S12")
+@given(
+    counts=st.lists(st.tuples(st.integers(0, 600), st.integers(0, 40)), min_size=1, max_size=4),
+    most=st.integers(0, 900),
+    multiple=st.sampled_from((1, 2, 3, 8)),
+)
+def test_a_prompt_bucket_holds_every_replicas_rows_and_chunks_and_no_smaller_one_does(
+    counts, most, multiple
+):
+    buckets = prompt_buckets_up_to(most, multiple)
+    assert list(buckets) == sorted(set(buckets))
+    assert bool(buckets) == bool(most)
+    assert not buckets or buckets[-1] - multiple < most <= buckets[-1]
+    assert all(bucket % multiple == 0 for bucket in buckets)
+    rows, chunks = max(r for r, _ in counts), max(c for _, c in counts)
+    fitting = [b for b in buckets if 0 < rows <= b and chunks <= chunks_in_bucket(b)]
+    chosen = choose_prompt_bucket([r for r, _ in counts], [c for _, c in counts], buckets)
+    assert chosen == (fitting[0] if fitting else 0)

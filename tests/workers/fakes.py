@@ -48,7 +48,7 @@ class FakeRunner:
     """Samples `step * 10 + row + (what the all-reduce gave)`; really does the all-reduce."""
 
     max_pages, max_model_len, vocab_size, stop_token_ids = 100, 64, 1000, (2,)
-    buckets, captured, padding_curves = (), b"", None
+    buckets, prompt_buckets, captured, padding_curves = (), (), b"", None
 
     def __init__(self, config, layout, rank, groups, device, progress):
         self._groups, self._device = groups, device

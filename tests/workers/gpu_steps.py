@@ -7,7 +7,7 @@ import torch
 
 from kernels.fp8 import E4M3, NO_SCALES, Scales
 from workers.attention import PagedAttention
-from workers.batch import BatchState
+from workers.batch import BatchState, StepRows
 from workers.cache import PagedCache, RowShapes
 from workers.device_table import DeviceTable
 from workers.gpu_attention import GpuAttention
@@ -65,13 +65,19 @@ class TwoCaches:
         )  # fmt: skip
         self.plain = PagedAttention(self.theirs, self._state, self.device)
 
+    def apply(self, body: Body) -> StepRows:
+        """A step's rows, for which plain torch is prepared."""
+        rows = self._state.apply(body)
+        self.table.update(self._state.table_changes, self._upload)
+        positions, places = self._upload(rows.positions_T), self._upload(rows.kv_rows_T)
+        self.plain.prepare(rows, positions, places, self._upload)
+        return rows
+
     def steps(self, attention: GpuAttention | GpuLatentAttention) -> Iterator[Step]:
         """Prepares both attentions for each, decodes alone as for a graph but for the last."""
         for number, body in enumerate(BODIES):
-            rows = self._state.apply(body)
-            self.table.update(self._state.table_changes, self._upload)
+            rows = self.apply(body)
             positions, places = self._upload(rows.positions_T), self._upload(rows.kv_rows_T)
-            self.plain.prepare(rows, positions, places, self._upload)
             num_padded = rows.num_rows
             if rows.chunks or number == len(BODIES) - 1:
                 attention.prepare(rows, positions, places, self._upload)

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import NamedTuple
 
-from parallel.padding import align_rows, choose_bucket
+from parallel.padding import align_rows, choose_bucket, choose_prompt_bucket
 from tests.headers import header_of
-from workers.protocol import Admit, Body, Header, Sampling, pack
+from workers.protocol import Admit, Body, Header, Mode, Sampling, pack
 
 GREEDY = Sampling(temperature=0.0)
 
@@ -58,14 +58,25 @@ def planned_header(
     step: int = 0,
     buckets: Sequence[int] = (),
     row_multiple: int = 1,
+    prompt_buckets: Sequence[int] = (),
 ) -> Header:
-    """Of all replicas' plans: padded to a bucket if they all decode, else no more than needed."""
+    """Of all replicas' plans: padded to a bucket if there is one, else no more than needed.
+
+    `buckets` are those of decodes alone, `prompt_buckets` those of other steps.
+    """
     num_rows = tuple(len(plan.positions) for plan in plans)
     has_prompts = any(plan.body.chunk_slots for plan in plans)
-    bucket = 0 if has_prompts else choose_bucket(num_rows, buckets)
+    if has_prompts:
+        num_chunks = [len(plan.body.chunk_slots) // 4 for plan in plans]
+        bucket = choose_prompt_bucket(num_rows, num_chunks, prompt_buckets)
+    else:
+        bucket = choose_bucket(num_rows, buckets)
     padded = (bucket,) * len(plans) if bucket else align_rows(num_rows, row_multiple)
     num_logit_rows = tuple(len(plan.logit_rows) for plan in plans)
-    return header_of(num_rows, num_logit_rows, padded_rows=padded, bucket=bucket, step=step)
+    mode = Mode.MIXED if has_prompts else Mode.DECODE
+    return header_of(
+        num_rows, num_logit_rows, padded_rows=padded, bucket=bucket, step=step, mode=mode
+    )
 
 
 class RandomDriver:

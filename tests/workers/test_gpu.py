@@ -1,17 +1,16 @@
 """The GPU's steps against the CPU's, against eager runs, and against transformers in float32."""
 
-import msgspec
 import pytest
 import torch
 
 from parallel.groups import single_rank_groups
 from parallel.layout import Layout
-from parallel.padding import choose_bucket
+from parallel.padding import choose_bucket, choose_prompt_bucket
 from tests.headers import header_of
 from tests.workers.reference import SEQUENCES, expected_logits, save_tiny
 from tests.workers.test_models import GROUPS, INDEX, LATENT
 from workers.config import EngineConfig
-from workers.protocol import Admit, Body, Header, Sampling, pack
+from workers.protocol import Admit, Body, Header, Mode, Sampling, pack
 from workers.runner import ModelRunner
 
 pytestmark = pytest.mark.gpus(1)
@@ -28,6 +27,7 @@ FAMILIES = {
 }
 PROMPTS = [list(range(3, 20)), [258, 0, 17, 200, 33], [7], list(range(40, 51))]
 SLOTS = [2, 0, 5, 4]
+GREEDY = [Sampling(temperature=0.0)] * 4
 
 
 def new_runner(folder, device: str, use_kernels=None, **changes) -> ModelRunner:
@@ -49,11 +49,10 @@ def header(num_rows: int, num_logit_rows: int) -> Header:
     return header_of((num_rows,), (num_logit_rows,))
 
 
-def decoding(runner: ModelRunner, num_rows: int) -> Header:
+def decoding_of(runner: ModelRunner, num_rows: int) -> Header:
     """As the driver says it: in a bucket, if one holds the rows, and so replayed."""
     bucket = choose_bucket((num_rows,), runner.buckets) if runner.buckets else 0
-    told = header(num_rows, num_rows)
-    return msgspec.structs.replace(told, padded_rows=(bucket or num_rows,), bucket=bucket)
+    return header_of((num_rows,), bucket=bucket, mode=Mode.DECODE)
 
 
 def streams(runner: ModelRunner, sampling: list[Sampling], num_tokens: int) -> list[list[int]]:
@@ -67,12 +66,55 @@ def streams(runner: ModelRunner, sampling: list[Sampling], num_tokens: int) -> l
     under_way = [runner.launch(header(sum(lengths), 4), body, 0)]
     steps = []
     for _ in range(num_tokens):
-        under_way.append(runner.launch(decoding(runner, 4), Body(), 0))
+        under_way.append(runner.launch(decoding_of(runner, 4), Body(), 0))
         steps.append(runner.finish(under_way.pop(0)).ids.tolist())
     ascending = sorted(SLOTS)
     rows = [dict(zip(SLOTS, steps[0], strict=True))]
     rows += [dict(zip(ascending, step, strict=True)) for step in steps[1:]]
     return [[row[slot] for row in rows] for slot in SLOTS]
+
+
+def mixed_streams(runner: ModelRunner, num_tokens: int) -> tuple[list[list[int]], list[int]]:
+    """Prompts one after another, in two chunks each, beside the decodes of those before; then
+    decodes alone; two steps under way. (tokens by prompt, the bucket of each step)"""
+    sampled: list[list[int]] = []
+    buckets, under_way, ids = [], [], []
+    decoding: list[int] = []
+
+    def launch(body: Body, num_chunk_rows: int, ends: int | None = None) -> None:
+        num_rows = len(decoding) + num_chunk_rows
+        sampled.append([*decoding] if ends is None else [*decoding, ends])
+        told = decoding_of(runner, num_rows)
+        if num_chunk_rows:
+            bucket = 0
+            if runner.prompt_buckets:
+                bucket = choose_prompt_bucket((num_rows,), (1,), runner.prompt_buckets)
+            told = header_of((num_rows,), (len(sampled[-1]),), bucket=bucket, mode=Mode.MIXED)
+        buckets.append(told.bucket)
+        under_way.append(runner.launch(told, body, 0))
+        if len(under_way) == 2:
+            ids.append(runner.finish(under_way.pop(0)).ids.tolist())
+
+    for i, (slot, prompt) in enumerate(zip(SLOTS, PROMPTS, strict=True)):
+        pages = pack(range(16 * i, 16 * i + 16))
+        admits = (Admit(slot, pack(prompt), len(prompt), 0, pages, GREEDY[0]),)
+        first = len(prompt) // 2
+        if first:
+            body = Body(admits=admits, chunk_slots=pack([slot]), chunk_lengths=pack([first]))
+            launch(body, first)
+            admits = ()
+        rest = len(prompt) - first
+        body = Body(admits=admits, chunk_slots=pack([slot]), chunk_lengths=pack([rest]))
+        launch(body, rest, slot)
+        decoding = sorted([*decoding, slot])
+    for _ in range(num_tokens):
+        launch(Body(), 0)
+    ids += [runner.finish(pending).ids.tolist() for pending in under_way]
+    tokens: dict[int, list[int]] = {slot: [] for slot in SLOTS}
+    for slots, step in zip(sampled, ids, strict=True):
+        for slot, token in zip(slots, step, strict=True):
+            tokens[slot].append(token)
+    return list(tokens.values()), buckets
 
 
 def watch_buckets(runner: ModelRunner) -> list[int]:
@@ -82,7 +124,6 @@ def watch_buckets(runner: ModelRunner) -> list[int]:
     return buckets
 
 
-GREEDY = [Sampling(temperature=0.0)] * 4
 MIXED = [
     Sampling(temperature=0.0),
     Sampling(temperature=1.0, seed=5, nonce=7),
@@ -115,6 +156,41 @@ def test_a_replay_gives_the_tokens_of_an_eager_run_of_its_rows(case, cache, tmp_
     graphs = runner._steps._graphs
     graphs._graphs = {b: each._replace(graph=None) for b, each in graphs._graphs.items()}
     assert streams(runner, GREEDY, 40) == replayed
+
+
+WITH_PROMPT_GRAPHS = [case for case in FAMILIES if not case.startswith("deepseek")]
+
+
+@pytest.mark.parametrize("case", WITH_PROMPT_GRAPHS)
+def test_float32_tokens_of_replayed_prompts_are_those_of_a_cpu(case, tmp_path):
+    family, changes = FAMILIES[case]
+    save_tiny(tmp_path, family, **changes)
+    expected, _ = mixed_streams(new_runner(tmp_path, "cpu", dtype="float32"), 20)
+    runner = new_runner(tmp_path, "cuda", dtype="float32", prefill_graph_max_tokens=64)
+    tokens, buckets = mixed_streams(runner, 20)
+    assert (tokens, min(buckets)) == (expected, 4)
+
+
+@pytest.mark.parametrize(
+    ("case", "cache"),
+    [*((case, "auto") for case in WITH_PROMPT_GRAPHS), ("llama", "fp8_e4m3")],
+)
+def test_a_replayed_prompt_gives_the_tokens_of_an_eager_run_of_its_rows(case, cache, tmp_path):
+    family, changes = FAMILIES[case]
+    save_tiny(tmp_path, family, **changes)
+    settings = {"dtype": "bfloat16", "kv_cache_dtype": cache, "prefill_graph_max_tokens": 64}
+    runner = new_runner(tmp_path, "cuda", **settings)
+    graphs = runner._steps._prompt_graphs._graphs
+    assert sorted(graphs) == [16, 32, 64]
+    assert all(graph.recording.graph is not None for graph in graphs.values())
+    replayed, buckets = mixed_streams(runner, 40)
+    assert {16, 4} <= set(buckets)
+    assert 0 not in buckets
+    runner = new_runner(tmp_path, "cuda", **settings)
+    graphs = runner._steps._prompt_graphs._graphs
+    for bucket, graph in graphs.items():
+        graphs[bucket] = graph._replace(recording=graph.recording._replace(graph=None))
+    assert mixed_streams(runner, 40)[0] == replayed
 
 
 @pytest.mark.parametrize("case", FAMILIES)
