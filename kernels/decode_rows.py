@@ -165,7 +165,7 @@ def close_rows(logits_BV: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
     """`likeliest`, told to the slots and to the host."""
     refuse_unless(
         len(logits_BV) == len(rows.slots_B) <= rows.ring_R2B.shape[2],
-        f"{len(logits_BV)} rows of logits for {len(rows.slots_B)} rows",
+        lambda: f"{len(logits_BV)} rows of logits for {len(rows.slots_B)} rows",
     )
     return _close(logits_BV, rows)
 

@@ -111,7 +111,7 @@ def draw(
     keys = (temperature_N, seed_N, nonce_N, position_N)
     refuse_unless(
         all(each.numel() == num_rows and each.is_contiguous() for each in keys),
-        f"{num_rows} rows need as many temperatures, seeds, nonces and positions",
+        lambda: f"{num_rows} rows need as many temperatures, seeds, nonces and positions",
     )
     num_blocks = triton.cdiv(vocab_size, BLOCK)
     values_NK = torch.empty(num_rows, num_blocks, dtype=torch.float32, device=logits_NV.device)

@@ -212,21 +212,25 @@ def fused_moe(
     num_chosen, width = expert_TK.shape[1], down_EDI.shape[2]
     refuse_unless(
         gate_up_END.shape[1:] == (2 * width, hidden) and down_EDI.shape[1] == hidden,
-        f"x {tuple(x_TD.shape)}, gate_up {tuple(gate_up_END.shape)} and down "
-        f"{tuple(down_EDI.shape)} do not belong together",
+        lambda: (
+            f"x {tuple(x_TD.shape)}, gate_up {tuple(gate_up_END.shape)} and down "
+            f"{tuple(down_EDI.shape)} do not belong together"
+        ),
     )
     refuse_unless(
         weight_TK.shape == expert_TK.shape == (num_rows, num_chosen),
-        f"{num_rows} rows come with weights {tuple(weight_TK.shape)} and experts "
-        f"{tuple(expert_TK.shape)}",
+        lambda: (
+            f"{num_rows} rows come with weights {tuple(weight_TK.shape)} and experts "
+            f"{tuple(expert_TK.shape)}"
+        ),
     )
-    refuse_unless(num_real <= len(gate_up_END), f"{num_real} experts of {len(gate_up_END)}")
+    refuse_unless(num_real <= len(gate_up_END), lambda: f"{num_real} experts of {len(gate_up_END)}")
     tensors = (x_TD, weight_TK, expert_TK, gate_up_END, down_EDI)
     refuse_unless(all(each.is_contiguous() for each in tensors), "all tensors must be contiguous")
     out_TD = torch.empty_like(x_TD) if out is None else out
     refuse_unless(
         out_TD.shape == x_TD.shape and out_TD.dtype == x_TD.dtype and out_TD.is_contiguous(),
-        f"out {tuple(out_TD.shape)} must be contiguous and like x {tuple(x_TD.shape)}",
+        lambda: f"out {tuple(out_TD.shape)} must be contiguous and like x {tuple(x_TD.shape)}",
     )
     if num_rows == 0 or num_real == 0:
         return out_TD.zero_()

@@ -82,17 +82,23 @@ def index_scores(
     num_rows, num_heads, key_dim = q_TJE.shape
     refuse_unless(
         weight_TJ.shape == (num_rows, num_heads) and weight_TJ.dtype == torch.float32,
-        f"q {tuple(q_TJE.shape)} comes with {weight_TJ.dtype} weights {tuple(weight_TJ.shape)}",
+        lambda: (
+            f"q {tuple(q_TJE.shape)} comes with {weight_TJ.dtype} weights {tuple(weight_TJ.shape)}"
+        ),
     )
     refuse_unless(
         keys_XE.shape[1] == key_dim and keys_XE.dtype == q_TJE.dtype,
-        f"q {tuple(q_TJE.shape)} cannot score keys {tuple(keys_XE.shape)} of {keys_XE.dtype}",
+        lambda: (
+            f"q {tuple(q_TJE.shape)} cannot score keys {tuple(keys_XE.shape)} of {keys_XE.dtype}"
+        ),
     )
     refuse_unless(
         len(slots_T) == len(positions_T) == num_rows
         and 0 < num_tokens <= table_SN.shape[1] * page_size,
-        f"{num_rows} rows come with {len(slots_T)} slots, {len(positions_T)} positions, and "
-        f"{num_tokens} tokens of at most {table_SN.shape[1] * page_size}",
+        lambda: (
+            f"{num_rows} rows come with {len(slots_T)} slots, {len(positions_T)} positions, and "
+            f"{num_tokens} tokens of at most {table_SN.shape[1] * page_size}"
+        ),
     )
     tensors = (q_TJE, weight_TJ, keys_XE, table_SN)
     refuse_unless(all(each.is_contiguous() for each in tensors), "all tensors must be contiguous")

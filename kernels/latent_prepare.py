@@ -130,7 +130,7 @@ def latent_keys(
     num_query = 0 if query_norm_Q is None else len(query_norm_Q)
     refuse_unless(
         width == num_query + rank + 2 * half,
-        f"rows of {width} are not {num_query} for queries, {rank} and {2 * half} rotated",
+        lambda: f"rows of {width} are not {num_query} for queries, {rank} and {2 * half} rotated",
     )
     _check(x_TP, rotation_T3C, num_rows)
     query_TQ = x_TP.new_empty(num_rows, num_query)
@@ -166,7 +166,9 @@ def turn_queries(x_THX: Tensor, rotation_T3C: Tensor, q_THW: Tensor, *, interlea
     half = rotation_T3C.shape[2]
     refuse_unless(
         q_THW.shape[:2] == (num_rows, num_heads) and min(width, q_THW.shape[2]) > 2 * half,
-        f"queries {tuple(x_THX.shape)} with {2 * half} rotated cannot fill {tuple(q_THW.shape)}",
+        lambda: (
+            f"queries {tuple(x_THX.shape)} with {2 * half} rotated cannot fill {tuple(q_THW.shape)}"
+        ),
     )
     _check(x_THX, rotation_T3C, num_rows)
     refuse_unless(q_THW.is_contiguous(), "all tensors must be contiguous")
@@ -205,7 +207,7 @@ def turned_reference(x_TXD: Tensor, rotation_T3C: Tensor, *, interleaved: bool) 
 def _check(x: Tensor, rotation_T3C: Tensor, num_rows: int) -> None:
     refuse_unless(
         rotation_T3C.shape[:2] == (num_rows, 3),
-        f"{num_rows} rows come with rotation {tuple(rotation_T3C.shape)}",
+        lambda: f"{num_rows} rows come with rotation {tuple(rotation_T3C.shape)}",
     )
     refuse_unless(
         x.is_contiguous() and rotation_T3C.is_contiguous(), "all tensors must be contiguous"

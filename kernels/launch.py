@@ -11,6 +11,7 @@ step to step are named in `do_not_specialize`, or a request would wait for the c
 
 import time
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -33,7 +34,13 @@ def begin(PDL: tl.constexpr):
 
 def has_pdl(x: Tensor) -> bool:
     """Whether kernels on `x`'s device may overlap their beginnings."""
-    return x.is_cuda and torch.cuda.get_device_capability(x.device) >= HOPPER
+    return x.is_cuda and _is_hopper(x.device)
+
+
+@cache
+def _is_hopper(device: torch.device) -> bool:
+    """Asked at every launch, and answered by torch in microseconds."""
+    return torch.cuda.get_device_capability(device) >= HOPPER
 
 
 def num_sms_of(device: torch.device) -> int:
@@ -43,10 +50,13 @@ def num_sms_of(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def refuse_unless(holds: bool, sentence: str) -> None:
-    """A launcher's check: kernels trust their arguments."""
+def refuse_unless(holds: bool, sentence: str | Callable[[], str]) -> None:
+    """A launcher's check: kernels trust their arguments.
+
+    A sentence that says what there is costs more than many a launch, so it is made when it is said.
+    """
     if not holds:
-        raise ValueError(sentence)
+        raise ValueError(sentence if isinstance(sentence, str) else sentence())
 
 
 def tell_of_compilations(tell: Callable[[str, float], None]) -> None:

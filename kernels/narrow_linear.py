@@ -109,9 +109,9 @@ def narrow_linear(
     num_out = weight_NK.shape[0]
     refuse_unless(
         weight_NK.shape[1] == num_in,
-        f"x {tuple(x_TK.shape)} and weight {tuple(weight_NK.shape)} do not belong together",
+        lambda: f"x {tuple(x_TK.shape)} and weight {tuple(weight_NK.shape)} do not belong together",
     )
-    refuse_unless(0 < num_rows <= MAX_ROWS, f"{num_rows} rows are not from 1 to {MAX_ROWS}")
+    refuse_unless(0 < num_rows <= MAX_ROWS, lambda: f"{num_rows} rows are not from 1 to {MAX_ROWS}")
     refuse_unless(
         x_TK.is_contiguous() and weight_NK.is_contiguous(), "x and weight must be contiguous"
     )
@@ -120,7 +120,7 @@ def narrow_linear(
         out = torch.empty(num_rows, num_out, dtype=out_dtype or x_TK.dtype, device=device)
     refuse_unless(
         out.shape == (num_rows, num_out) and out.is_contiguous(),
-        f"out {tuple(out.shape)} must be contiguous and {(num_rows, num_out)}",
+        lambda: f"out {tuple(out.shape)} must be contiguous and {(num_rows, num_out)}",
     )
     target = out
     if tiles.splits > 1:

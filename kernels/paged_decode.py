@@ -114,7 +114,7 @@ def cut_sequences(positions_B: Tensor, num_shares: int, *, sliding_window: int |
     num_seqs, device = len(positions_B), positions_B.device
     refuse_unless(
         num_seqs > 0 and num_shares > 0,
-        f"{num_seqs} sequences cannot be cut for {num_shares} programs",
+        lambda: f"{num_seqs} sequences cannot be cut for {num_shares} programs",
     )
     num_items = num_seqs + num_shares  # at most: each sequence has one part that is not full
     items = torch.empty(num_items, 3, dtype=torch.int32, device=device)
@@ -297,23 +297,29 @@ def paged_decode(
     num_kv_heads = keys_XGD.shape[1]
     refuse_unless(
         num_heads % num_kv_heads == 0 and keys_XGD.shape == values_XGD.shape,
-        f"{num_heads} heads cannot share the heads of keys {tuple(keys_XGD.shape)} and values "
-        f"{tuple(values_XGD.shape)}",
+        lambda: (
+            f"{num_heads} heads cannot share the heads of keys {tuple(keys_XGD.shape)} and values "
+            f"{tuple(values_XGD.shape)}"
+        ),
     )
     refuse_unless(
         out_BHD.shape == q_BHD.shape and len(slots_B) == len(positions_B) == num_seqs,
-        f"q {tuple(q_BHD.shape)} comes with out {tuple(out_BHD.shape)}, {len(slots_B)} slots and "
-        f"{len(positions_B)} positions",
+        lambda: (
+            f"q {tuple(q_BHD.shape)} comes with out {tuple(out_BHD.shape)}, {len(slots_B)} slots "
+            f"and {len(positions_B)} positions"
+        ),
     )
     tensors = (q_BHD, keys_XGD, values_XGD, table_SN, *cut, out_BHD, counters_C)
     refuse_unless(all(each.is_contiguous() for each in tensors), "all tensors must be contiguous")
     refuse_unless(
         len(counters_C) >= num_seqs * num_kv_heads,
-        f"{len(counters_C)} counters are fewer than {num_seqs} sequences x {num_kv_heads} heads",
+        lambda: (
+            f"{len(counters_C)} counters are fewer than {num_seqs} sequences x {num_kv_heads} heads"
+        ),
     )
     refuse_unless(
         len(cut.lengths_B) == num_seqs,
-        f"the cut is of {len(cut.lengths_B)} sequences and there are {num_seqs}",
+        lambda: f"the cut is of {len(cut.lengths_B)} sequences and there are {num_seqs}",
     )
     refuse_other_scales(keys_XGD, scales)
     pdl = has_pdl(q_BHD)

@@ -287,11 +287,11 @@ def latent_rows(
     _check(q_THW, rows_XW, table_SN, out_THR)
     refuse_unless(
         len(slots_T) == len(positions_T) == num_rows,
-        f"{num_rows} rows come with {len(slots_T)} slots and {len(positions_T)} positions",
+        lambda: f"{num_rows} rows come with {len(slots_T)} slots and {len(positions_T)} positions",
     )
     refuse_unless(
         split.min_part % LEAST_PART == 0 and 0 < split.num_splits <= MAX_SPLITS,
-        f"{split}: parts must be multiples of {LEAST_PART}, and at most {MAX_SPLITS}",
+        lambda: f"{split}: parts must be multiples of {LEAST_PART}, and at most {MAX_SPLITS}",
     )
     if num_rows == 0:
         return
@@ -300,7 +300,7 @@ def latent_rows(
         num_chosen = chosen_TK.shape[1]
         refuse_unless(
             chosen_TK.shape[0] == num_rows and chosen_TK.is_contiguous() and num_chosen > 0,
-            f"{num_rows} rows come with tokens {tuple(chosen_TK.shape)}",
+            lambda: f"{num_rows} rows come with tokens {tuple(chosen_TK.shape)}",
         )
         positions_T = positions_T.clamp(max=num_chosen - 1)
     tiles = tiles or row_tiles(num_heads, q_THW.dtype)
@@ -386,8 +386,10 @@ def latent_chunks(
         return
     refuse_unless(
         len(blocks_M4) <= MAX_BLOCKS,
-        f"{len(blocks_M4)} blocks of rows are more than the {MAX_BLOCKS} of one launch: lower "
-        "max_num_batched_tokens",
+        lambda: (
+            f"{len(blocks_M4)} blocks of rows are more than the {MAX_BLOCKS} of one launch: lower "
+            "max_num_batched_tokens"
+        ),
     )
     tiles = chunk_tiles(num_heads, q_THW.dtype)
     _chunks_kernel[(triton.cdiv(num_heads, tiles.heads), len(blocks_M4))](
@@ -421,12 +423,14 @@ def _check(q_THW: Tensor, rows_XW: Tensor, table_SN: Tensor, out_THR: Tensor) ->
     num_rows, num_heads, width = q_THW.shape
     refuse_unless(
         rows_XW.dim() == 2 and rows_XW.shape[1] == width and rows_XW.dtype == q_THW.dtype,
-        f"q {tuple(q_THW.shape)} of {q_THW.dtype} cannot read rows {tuple(rows_XW.shape)} of "
-        f"{rows_XW.dtype}",
+        lambda: (
+            f"q {tuple(q_THW.shape)} of {q_THW.dtype} cannot read rows {tuple(rows_XW.shape)} of "
+            f"{rows_XW.dtype}"
+        ),
     )
     refuse_unless(
         out_THR.shape[:2] == (num_rows, num_heads) and 0 < out_THR.shape[2] < width,
-        f"q {tuple(q_THW.shape)} cannot fill {tuple(out_THR.shape)}",
+        lambda: f"q {tuple(q_THW.shape)} cannot fill {tuple(out_THR.shape)}",
     )
     tensors = (q_THW, rows_XW, table_SN, out_THR)
     refuse_unless(all(each.is_contiguous() for each in tensors), "all tensors must be contiguous")

@@ -195,8 +195,10 @@ def paged_prefill(
     num_kv_heads = keys_XGD.shape[1]
     refuse_unless(
         num_heads % num_kv_heads == 0 and keys_XGD.shape == values_XGD.shape,
-        f"{num_heads} heads cannot share the heads of keys {tuple(keys_XGD.shape)} and values "
-        f"{tuple(values_XGD.shape)}",
+        lambda: (
+            f"{num_heads} heads cannot share the heads of keys {tuple(keys_XGD.shape)} and values "
+            f"{tuple(values_XGD.shape)}"
+        ),
     )
     refuse_unless(out_THD.shape == q_THD.shape, "out must have the shape of q")
     tensors = (q_THD, keys_XGD, values_XGD, table_SN, blocks_M4, out_THD)

@@ -195,8 +195,11 @@ def push_reduce_rms_norm(
         and weight_D.shape == x_TD.shape[1:]
         and weight_D.dtype == x_TD.dtype
         and all(each.is_contiguous() for each in (*like, weight_D)),
-        f"x {tuple(x_TD.shape)} {x_TD.dtype}, residual {tuple(residual_TD.shape)}, out and weight "
-        f"{tuple(weight_D.shape)} must be (T, D), (T, D), (T, D) and (D,), contiguous, of one type",
+        lambda: (
+            f"x {tuple(x_TD.shape)} {x_TD.dtype}, residual {tuple(residual_TD.shape)}, out and "
+            f"weight {tuple(weight_D.shape)} must be (T, D), (T, D), (T, D) and (D,), contiguous, "
+            "of one type"
+        ),
     )
     return _launch(x_TD, residual_TD, weight_D, out, inbox, eps, num_polls)
 
@@ -204,8 +207,10 @@ def push_reduce_rms_norm(
 def _refuse_unfit(x_TD: Tensor, inbox: Inbox) -> None:
     refuse_unless(
         fits(x_TD, inbox) and x_TD.shape[1] <= MAX_COLUMNS,
-        f"x {tuple(x_TD.shape)} {x_TD.dtype} must be contiguous bfloat16 with at most "
-        f"{inbox.max_rows} rows and {min(inbox.num_cols, MAX_COLUMNS)} columns, an even number",
+        lambda: (
+            f"x {tuple(x_TD.shape)} {x_TD.dtype} must be contiguous bfloat16 with at most "
+            f"{inbox.max_rows} rows and {min(inbox.num_cols, MAX_COLUMNS)} columns, an even number"
+        ),
     )
 
 

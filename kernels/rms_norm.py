@@ -71,18 +71,22 @@ def _launch(
     summed_TD = x_TD if residual_TD is None else residual_TD
     refuse_unless(
         summed_TD.shape == x_TD.shape and weight_D.shape == (num_cols,),
-        f"x {tuple(x_TD.shape)}, residual {tuple(summed_TD.shape)} and weight "
-        f"{tuple(weight_D.shape)} must be (T, D), (T, D) and (D,)",
+        lambda: (
+            f"x {tuple(x_TD.shape)}, residual {tuple(summed_TD.shape)} and weight "
+            f"{tuple(weight_D.shape)} must be (T, D), (T, D) and (D,)"
+        ),
     )
     refuse_unless(
         x_TD.is_contiguous() and summed_TD.is_contiguous() and weight_D.is_contiguous(),
         "x, residual and weight must be contiguous: the kernel steps by D",
     )
-    refuse_unless(num_cols <= MAX_COLUMNS, f"rows of {num_cols} are longer than {MAX_COLUMNS}")
+    refuse_unless(
+        num_cols <= MAX_COLUMNS, lambda: f"rows of {num_cols} are longer than {MAX_COLUMNS}"
+    )
     out_TD = torch.empty_like(x_TD) if out is None else out
     refuse_unless(
         out_TD.shape == x_TD.shape and out_TD.dtype == x_TD.dtype and out_TD.is_contiguous(),
-        f"out {tuple(out_TD.shape)} must be contiguous and like x {tuple(x_TD.shape)}",
+        lambda: f"out {tuple(out_TD.shape)} must be contiguous and like x {tuple(x_TD.shape)}",
     )
     if num_rows == 0:
         return out_TD

@@ -76,12 +76,14 @@ def rope_rows(
     half = head_dim // 2
     refuse_unless(
         out_TND.shape == x_TND.shape and 0 <= num_rotated <= num_heads,
-        f"{num_rotated} heads of {tuple(x_TND.shape)} cannot be rotated into "
-        f"{tuple(out_TND.shape)}",
+        lambda: (
+            f"{num_rotated} heads of {tuple(x_TND.shape)} cannot be rotated into "
+            f"{tuple(out_TND.shape)}"
+        ),
     )
     refuse_unless(
         rotation_T3C.shape == (num_rows, 3, half),
-        f"{num_rows} rows of {head_dim} come with rotation {tuple(rotation_T3C.shape)}",
+        lambda: f"{num_rows} rows of {head_dim} come with rotation {tuple(rotation_T3C.shape)}",
     )
     refuse_unless(
         norm_RD is None or norm_RD.shape == (num_rotated, head_dim),

@@ -138,13 +138,17 @@ def rope_store(
     half = head_dim // 2
     refuse_unless(
         num_heads > 0 and keys_XGD.shape == values_XGD.shape and keys_XGD.shape[2] == head_dim,
-        f"qkv {tuple(qkv_TND.shape)}, keys {tuple(keys_XGD.shape)} and values "
-        f"{tuple(values_XGD.shape)} do not belong together",
+        lambda: (
+            f"qkv {tuple(qkv_TND.shape)}, keys {tuple(keys_XGD.shape)} and values "
+            f"{tuple(values_XGD.shape)} do not belong together"
+        ),
     )
     refuse_unless(
         rotation_T3C.shape == (num_rows, 3, half) and places_T.shape == (num_rows,),
-        f"{num_rows} rows of {head_dim} come with rotation {tuple(rotation_T3C.shape)} and places "
-        f"{tuple(places_T.shape)}",
+        lambda: (
+            f"{num_rows} rows of {head_dim} come with rotation {tuple(rotation_T3C.shape)} and "
+            f"places {tuple(places_T.shape)}"
+        ),
     )
     refuse_unless(
         norm_ND is None or norm_ND.shape == (num_heads + num_kv_heads, head_dim),

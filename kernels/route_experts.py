@@ -157,7 +157,7 @@ def route_experts(logits_TE: Tensor, num_chosen: int, *, normalise: bool) -> tup
     refuse_unless(logits_TE.is_contiguous(), "logits must be contiguous")
     refuse_unless(
         0 < num_chosen <= num_experts <= MAX_EXPERTS,
-        f"{num_chosen} of {num_experts} experts; there may be up to {MAX_EXPERTS}",
+        lambda: f"{num_chosen} of {num_experts} experts; there may be up to {MAX_EXPERTS}",
     )
     weight_TK = logits_TE.new_empty(num_rows, num_chosen)
     expert_TK = torch.empty(num_rows, num_chosen, dtype=torch.int64, device=logits_TE.device)
@@ -201,14 +201,16 @@ def route_groups(
     )
     refuse_unless(
         bias_E is None or (bias_E.shape == (num_experts,) and bias_E.dtype == torch.float32),
-        f"the bias must be {num_experts} float32 numbers",
+        lambda: f"the bias must be {num_experts} float32 numbers",
     )
     refuse_unless(
         0 < num_groups_chosen <= num_groups <= num_experts <= MAX_EXPERTS
         and num_experts % num_groups == 0
         and 0 < num_chosen <= num_experts // num_groups * num_groups_chosen,
-        f"{num_chosen} of {num_experts} experts in {num_groups_chosen} of {num_groups} groups; "
-        f"there may be up to {MAX_EXPERTS}",
+        lambda: (
+            f"{num_chosen} of {num_experts} experts in {num_groups_chosen} of {num_groups} groups; "
+            f"there may be up to {MAX_EXPERTS}"
+        ),
     )
     weight_TK = logits_TE.new_empty(num_rows, num_chosen)
     expert_TK = torch.empty(num_rows, num_chosen, dtype=torch.int64, device=logits_TE.device)
@@ -248,7 +250,7 @@ def count_choices(expert_TK: Tensor, counts_E: Tensor, live_T: Tensor | None = N
     )
     refuse_unless(
         live_T is None or (live_T.is_contiguous() and live_T.shape == expert_TK.shape[:1]),
-        f"which of {len(expert_TK)} rows are live must be said of each",
+        lambda: f"which of {len(expert_TK)} rows are live must be said of each",
     )
     num_choices = expert_TK.numel()
     if num_choices == 0:

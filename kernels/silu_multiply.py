@@ -34,7 +34,9 @@ def silu_multiply(gate_up: Tensor) -> Tensor:
     num_rows, num_cols = gate_up.shape
     refuse_unless(
         num_cols % 2 == 0 and gate_up.is_contiguous(),
-        f"gate_up {tuple(gate_up.shape)} must be contiguous, with an even number of columns",
+        lambda: (
+            f"gate_up {tuple(gate_up.shape)} must be contiguous, with an even number of columns"
+        ),
     )
     out = gate_up.new_empty(num_rows, num_cols // 2)
     if out.numel() == 0:

@@ -81,11 +81,11 @@ def skinny_linear(
     num_out = weight_NK.shape[0] // 2 if gated else weight_NK.shape[0]
     refuse_unless(
         weight_NK.shape[1] == num_in and (not gated or weight_NK.shape[0] % 2 == 0),
-        f"x {tuple(x_TK.shape)} and weight {tuple(weight_NK.shape)} do not belong together",
+        lambda: f"x {tuple(x_TK.shape)} and weight {tuple(weight_NK.shape)} do not belong together",
     )
     refuse_unless(
         0 < num_rows <= MAX_ROWS and num_in <= MAX_COLUMNS,
-        f"x {tuple(x_TK.shape)} has more than {MAX_ROWS} rows or {MAX_COLUMNS} columns",
+        lambda: f"x {tuple(x_TK.shape)} has more than {MAX_ROWS} rows or {MAX_COLUMNS} columns",
     )
     refuse_unless(
         x_TK.is_contiguous() and weight_NK.is_contiguous(), "x and weight must be contiguous"
@@ -94,7 +94,7 @@ def skinny_linear(
         out = torch.empty(num_rows, num_out, dtype=out_dtype or x_TK.dtype, device=x_TK.device)
     refuse_unless(
         out.shape == (num_rows, num_out) and out.is_contiguous(),
-        f"out {tuple(out.shape)} must be contiguous and {(num_rows, num_out)}",
+        lambda: f"out {tuple(out.shape)} must be contiguous and {(num_rows, num_out)}",
     )
     best_tile, best_warps = TILES[num_rows, num_in <= SHORT]
     tile, num_warps = tile or best_tile, num_warps or best_warps

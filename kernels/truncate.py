@@ -147,7 +147,7 @@ def lowest_kept(
     limits = (temperature_N, k_N, p_N, min_p_N)
     refuse_unless(
         all(each.numel() == num_rows and each.is_contiguous() for each in limits),
-        f"{num_rows} rows need as many temperatures and limits",
+        lambda: f"{num_rows} rows need as many temperatures and limits",
     )
     lowest_N = torch.empty(num_rows, dtype=torch.float32, device=logits_NV.device)
     if num_rows == 0:
