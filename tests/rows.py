@@ -453,6 +453,13 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation(
         "S12",
+        "a replay goes on from rows that an eager step has left behind",
+        "workers/graphs.py",
+        'are no longer the newest."""\n        self._slots = None\n',
+        'are no longer the newest."""\n',
+    ),
+    Mutation(
+        "S12",
         "ranks capture before their symmetric memory is final",
         "workers/worker.py",
         "        groups.arena.seal()\n        link.send(self._ready(runner))\n",
