@@ -31,7 +31,7 @@ def test_the_driver_does_not_import_torch():
         "print([name for name in ('torch', 'triton', 'transformers') if name in sys.modules])"
     )
     done = subprocess.run(
-        [sys.executable, "-c", line], cwd=ROOT, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", line], cwd=ROOT, capture_output=True, text=True, timeout=280
     )
     assert done.stdout == "[]\n", done.stderr
 
@@ -40,7 +40,7 @@ def test_a_cpu_needs_no_triton():
     """CPU builds of torch come without it."""
     line = "import sys; sys.modules['triton'] = None; import workers.runner, workers.worker"
     done = subprocess.run(
-        [sys.executable, "-c", line], cwd=ROOT, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", line], cwd=ROOT, capture_output=True, text=True, timeout=280
     )
     assert done.returncode == 0, done.stderr
 

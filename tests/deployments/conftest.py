@@ -2,8 +2,9 @@
 
 import pytest
 
+from deployments.messages import Watch
 from tests.deployments.fakes import saying
-from tests.deployments.front import running
+from tests.deployments.front import running, wait_for
 
 
 @pytest.fixture(scope="module")
@@ -19,5 +20,9 @@ def front(shared_front):
     shared_front.driver.most_tokens = None
     shared_front.driver.reply = saying("Hello, wörld!")
     shared_front.driver.refusal = None
+    # The last test's messages may be under way: they come before what this asks for.
+    shared_front.driver.received.clear()
+    shared_front.http.head("/api/engine")
+    wait_for(lambda: shared_front.driver.of(Watch))
     shared_front.driver.received.clear()
     return shared_front

@@ -378,7 +378,7 @@ output.close()
 
 def test_a_line_is_written_whole_or_not_at_all(tmp_path):
     path = tmp_path / "out.jsonl"
-    subprocess.run([sys.executable, "-c", LIMITED, path], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", LIMITED, path], check=True, timeout=280)
     assert path.read_bytes() == b"x" * 99 + b"\n" + b"z" * 99 + b"\n"
 
 
@@ -504,7 +504,6 @@ sys.exit(main(["batch", *sys.argv[1:]]))
 """
 
 
-@pytest.mark.timeout(300)
 def test_a_batch_that_is_killed_goes_on_from_its_parts(tmp_path):
     """`local://` is treated like any store: it is not known to be a disk."""
     num_lines, concurrency, out = 600, 8, tmp_path / "out.jsonl"

@@ -19,8 +19,6 @@ from tests.bench.process_cpu import cpu_seconds
 from tests.bench.results import ratio_interval
 from tests.bench.stand_in import write_preset
 
-pytestmark = pytest.mark.timeout(60)
-
 RATIOS = st.lists(st.floats(0.5, 2.0), min_size=2, max_size=30)
 
 

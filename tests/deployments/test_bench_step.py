@@ -17,8 +17,6 @@ from deployments.bench_step_table import (
 )
 from deployments.cli import main
 
-pytestmark = pytest.mark.timeout(90)
-
 
 def test_each_case_is_a_row_of_parts(tmp_path):
     lines, file = [], tmp_path / "step.json"

@@ -83,7 +83,6 @@ ENDLESS = [
 ]
 
 
-@pytest.mark.timeout(30)
 @pytest.mark.parametrize("source", ENDLESS)
 def test_a_template_ends_when_its_time_is_over(source):
     template = ChatTemplate(source, {})

@@ -23,8 +23,8 @@ from tests.workers.fakes import FAKE_RUNNER, TinyDriver
 from workers.config import EngineConfig, Failpoint
 from workers.protocol import STEP, Ack, Failed
 
-FOUR_RANKS = EngineConfig(tp_size=2, dp_size=2, device="cpu", beat_ms=50, step_timeout_s=5.0)
-TWO_RANKS = EngineConfig(tp_size=2, device="cpu", beat_ms=50, step_timeout_s=5.0)
+FOUR_RANKS = EngineConfig(tp_size=2, dp_size=2, device="cpu", beat_ms=50, step_timeout_s=30.0)
+TWO_RANKS = EngineConfig(tp_size=2, device="cpu", beat_ms=50, step_timeout_s=30.0)
 ONE_RANK = EngineConfig(device="cpu", beat_ms=50)
 
 

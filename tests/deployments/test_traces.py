@@ -299,7 +299,7 @@ deployments.ingress._traces("http://127.0.0.1:9", "one")
 print(seen())
 """
     done = subprocess.run(
-        [sys.executable, "-c", lines], cwd=ROOT, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", lines], cwd=ROOT, capture_output=True, text=True, timeout=280
     )
     engine, off, on = done.stdout.splitlines()
     assert engine == "[]"
@@ -333,7 +333,7 @@ from deployments.cli import main
 sys.exit(main(["serve", "--otlp-endpoint", "http://collector:4318"]))
 """
     done = subprocess.run(
-        [sys.executable, "-c", lines], cwd=ROOT, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", lines], cwd=ROOT, capture_output=True, text=True, timeout=280
     )
     assert done.returncode == 2
     assert done.stderr == (

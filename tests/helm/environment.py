@@ -45,7 +45,7 @@ def _works(python: str) -> bool:
     """A shim may be there and refuse; an interpreter may lack what makes environments."""
     line = "import sys, venv, ensurepip; sys.exit(sys.version_info[:2] not in ((3, 12), (3, 13)))"
     try:
-        done = subprocess.run([python, "-c", line], capture_output=True, timeout=30)
+        done = subprocess.run([python, "-c", line], capture_output=True, timeout=120)
     except (OSError, subprocess.TimeoutExpired):
         return False
     return done.returncode == 0
@@ -67,7 +67,7 @@ def prepare() -> Path:
         [str(python), "-m", "pip", "install", "-q", "-r", str(requirements)],
     )
     for step in steps:
-        done = subprocess.run(step, capture_output=True, text=True, timeout=280)
+        done = subprocess.run(step, capture_output=True, text=True, timeout=600)
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
             raise NoEnvironment(f"the environment of the chart tests cannot be made: {last}")
@@ -88,7 +88,7 @@ def render(
         input="\n".join(lines),
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=600,
     )
     answers = {answer["name"]: answer for answer in map(json.loads, done.stdout.splitlines())}
     missing = next((name for name in cases if name not in answers), None)

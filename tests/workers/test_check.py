@@ -14,7 +14,6 @@ RING = "ncclDevKernel_AllReduce_Sum_bf16_RING_LL(ncclDevKernelArgsStorage)"
 
 
 @pytest.mark.row("S1", "S5")
-@pytest.mark.timeout(120)
 def test_every_collective_of_two_ranks_is_symmetric_and_the_twin_is_reported(tmp_path, capfd):
     path = tmp_path / "result.json"
     assert main(["check", "--world", "2", "--device", "cpu", "--json", str(path)]) == 0
