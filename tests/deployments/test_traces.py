@@ -85,7 +85,7 @@ def traced(driver, collector, path=CHAT, *, meanwhile=None, headers=None, **fiel
             return await asking
 
     response = asyncio.run(main())
-    (span,) = collector.requests()
+    (span,) = collector.wait_for(1)
     for body in collector.bodies:
         assert SECRET.encode() not in body
         assert TOLD.encode() not in body
@@ -163,7 +163,7 @@ def test_a_caller_that_does_not_sample_is_obeyed(driver, collector):
             await http.post(COMPLETIONS, json=body_of(COMPLETIONS))
 
     asyncio.run(main())
-    assert [span.name for span in collector.requests()] == [f"POST {COMPLETIONS}"]
+    assert [span.name for span in collector.wait_for(1)] == [f"POST {COMPLETIONS}"]
 
 
 @pytest.mark.parametrize("header", ["", "00-zz", "00-" + "0" * 32 + "-1-01", "é" * 600])
@@ -227,7 +227,8 @@ def test_a_resumed_request_is_one_trace_with_an_event(driver, collector):
 
 
 @pytest.mark.parametrize("status", [400, 503])
-def test_a_collector_that_fails_disturbs_nobody(driver, collector, status):
+def test_a_collector_that_fails_disturbs_nobody(driver, collector, status, monkeypatch):
+    monkeypatch.setattr("deployments.traces.FLUSH_S", 0.3)
     collector.status = status
 
     async def main():
@@ -237,7 +238,7 @@ def test_a_collector_that_fails_disturbs_nobody(driver, collector, status):
     began = time.monotonic()
     assert [response.status_code for response in asyncio.run(main())] == [200] * 3
     assert time.monotonic() - began < FLUSH_S + 20  # it would be tried again for a minute
-    assert collector.bodies
+    wait_for(lambda: collector.bodies)
 
 
 def test_a_collector_that_hangs_is_not_waited_for(driver, collector):
@@ -254,7 +255,8 @@ def test_a_collector_that_hangs_is_not_waited_for(driver, collector):
     assert closing_s < FLUSH_S + 5
 
 
-def test_a_collector_that_is_gone_disturbs_nobody(driver):
+def test_a_collector_that_is_gone_disturbs_nobody(driver, monkeypatch):
+    monkeypatch.setattr("deployments.traces.FLUSH_S", 0.3)
     with Collector() as collector:
         gone = collector.url
 
@@ -271,6 +273,7 @@ def test_the_endpoint_may_name_the_path(driver, collector):
             await http.post(CHAT, json=body_of(CHAT))
 
     asyncio.run(main())
+    wait_for(lambda: collector.paths)
     assert collector.paths == ["/here/v1/traces"]
 
 
