@@ -44,6 +44,7 @@ class Front:
         self.service = Service(self.client, tokenizer, model=MODEL, **settings)
         listener = socket.socket()
         listener.bind(("127.0.0.1", 0))
+        listener.listen()  # who comes before the server waits, and is not refused
         self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         config = uvicorn.Config(
             build_api(self.service), lifespan="on", log_level="critical", server_header=False
