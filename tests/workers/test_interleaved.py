@@ -172,7 +172,7 @@ def interleave(
 
 
 @pytest.mark.parametrize(
-    "num_steps", [120, pytest.param(10_000, marks=pytest.mark.slow)], ids=lambda n: f"{n} steps"
+    "num_steps", [60, pytest.param(10_000, marks=pytest.mark.slow)], ids=lambda n: f"{n} steps"
 )
 def test_any_order_of_replayed_and_eager_steps_is_bit_equal_to_eager_ones(num_steps):
     """Checksums of all that a row reads, in whole numbers: a wrong page, slot or position shows."""
@@ -189,7 +189,7 @@ def test_any_order_of_replayed_and_eager_steps_is_bit_equal_to_eager_ones(num_st
         assert torch.equal(part[:, :-1], theirs[:, :-1])
     buckets = [f"bucket {bucket}" for bucket in mixed.runner.buckets]
     assert sum(seen["prompts", each] for each in buckets)
-    assert sum(seen[one, other] for one in buckets for other in buckets if one != other) > 5
+    assert sum(seen[one, other] for one in buckets for other in buckets if one != other) > 2
     if num_steps < 1000:
         return
     for kind in ("prompts", "eager decodes", *buckets):
