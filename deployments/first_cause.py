@@ -22,8 +22,9 @@ from deployments.gang import Cause, GangFailed, complaint
 from deployments.worker_link import WorkerLink
 from workers.protocol import Failed
 
-GRACE_S = 0.05
-"""How long words and notices of deaths are waited for."""
+GRACE_S = 0.25
+"""How long words and notices of deaths are waited for, unless the cause is certain before. A death
+is seen at once, but its notice passes through a process that a busy machine may not let run."""
 LOOK_S = 0.005
 
 LOST_NODE_BEATS = 4
@@ -38,7 +39,7 @@ def first_cause(
     other_nodes: Mapping[str, Sequence[int]],
     beat_ms: int,
 ) -> GangFailed:
-    """What to say of a loss. Waits for 0.05 s, and up to four heartbeats more for a silent node.
+    """What to say of a loss. Waits for 0.25 s, and up to four heartbeats more for a silent node.
 
     `deaths` is the fleet's. `other_nodes` are the ranks of every node but the driver's, by
     address: what dies on the driver's own is seen.
