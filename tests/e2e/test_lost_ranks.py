@@ -24,11 +24,13 @@ from deployments.config import ServiceConfig
 from deployments.engine import Engine, EngineFailed
 from deployments.llm import LLM, SamplingParams
 from deployments.ray_fleet import RayFleet
+from tests.e2e.conftest import LIMIT_S
+from tests.e2e.machine import slowdown
 from tests.workers.kernel_runner import KERNEL_RUNNER
 from tests.workers.test_dp_graphs import SIZES
 from workers.bundled.questions import answer
 
-pytestmark = [pytest.mark.timeout(180), pytest.mark.row("S5")]
+pytestmark = pytest.mark.row("S5")
 
 QUESTIONS = ["What is 128+305?", "Add 77 and 8."]
 GREEDY = SamplingParams(max_tokens=60, temperature=0.0)
@@ -154,7 +156,7 @@ slow = pytest.mark.slow
 )
 def test_a_rank_lost_while_it_starts_is_named_and_the_next_start_serves(monkeypatch, action, stage):
     plant(monkeypatch, action, stage)
-    with watched(monkeypatch) as (llm, seen):
+    with watched(monkeypatch, **patience(action)) as (llm, seen):
         said = [one.text for one in llm.chat(QUESTIONS, GREEDY)]
         counters = llm.engine.counters
     assert said == [answer(question) for question in QUESTIONS]
@@ -169,7 +171,7 @@ def test_a_rank_lost_while_it_captures_is_named_and_the_next_start_serves(monkey
     with LLM(**SIZES) as alone:
         expected = [one.ids for one in alone.generate(PROMPTS, greedy, detokenize=False)]
     plant(monkeypatch, action, "graphs")
-    with watched(monkeypatch, **TINY) as (llm, seen):
+    with watched(monkeypatch, **TINY, **patience(action)) as (llm, seen):
         said = [one.ids for one in llm.generate(PROMPTS, greedy, detokenize=False)]
     assert said == expected
     check_second_start(seen, action)
@@ -195,14 +197,19 @@ def plant(monkeypatch, action: str, stage: str) -> None:
     monkeypatch.setenv("LOCKSTEP_FAILPOINTS", json.dumps(faults))
 
 
+def patience(action: str) -> dict[str, int]:
+    """A rank that a busy machine does not let run for two seconds is not the one to be lost."""
+    return {} if action == "stop" else {"beat_ms": 1000}
+
+
 def check_second_start(seen: Seen, action: str) -> None:
     assert set(seen.lost) == {1, 2}
     assert re.match(SENTENCES[action], seen.lost[2][1]), seen.lost
     assert {(2, False), (3, True)} <= seen.ready
     assert (2, True) not in seen.ready
-    # What is promised, and as much again for a start on a busy machine.
+    # What is promised, and as much again for a start.
     promised = 0.0 if action == "kill" else 8 * 0.25 * 3
-    assert seen.lost[2][0] - seen.begun[2] < 2 * (promised + 10.0)
+    assert seen.lost[2][0] - seen.begun[2] < 2 * (promised + 10.0) * slowdown()
 
 
 @pytest.mark.parametrize(
@@ -216,7 +223,8 @@ def test_a_rank_lost_between_chunks_of_a_prompt_or_in_a_decode_leaves_nothing(
     """A step has room for four tokens, so the first nine read prompts."""
     fault = {"action": action, "rank": 1, "step": step}
     monkeypatch.setenv("LOCKSTEP_FAILPOINTS", json.dumps([fault]))
-    with watched(monkeypatch, max_num_seqs=2, max_num_batched_tokens=4) as (llm, seen):
+    settings = {"max_num_seqs": 2, "max_num_batched_tokens": 4} | patience(action)
+    with watched(monkeypatch, **settings) as (llm, seen):
         said = [one.text for one in llm.chat(QUESTIONS, GREEDY)]
     assert said == [answer(question) for question in QUESTIONS]
     assert set(seen.lost) == {1}
@@ -263,7 +271,7 @@ def test_under_ray_the_next_start_serves_and_no_placement_group_is_left(
         engine.wait_ready()
         look()
         os.kill(engine.ranks()[0].pid, signal.SIGKILL)
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + LIMIT_S
         while not look():
             assert time.monotonic() < deadline, engine.health()
             time.sleep(0.02)
