@@ -104,8 +104,7 @@ class DriverClient:
     async def close(self) -> None:
         """Fail what is unfinished and close the socket."""
         self._closed = True
-        for generation in list(self._generations.values()):
-            generation.group.fail(EngineUnavailable())
+        self._fail_all(EngineUnavailable())
         if self._timer is not None:
             self._timer.cancel()
         if self._search is not None:
@@ -166,6 +165,10 @@ class DriverClient:
             self._count(generation, outcome)
             if generation.submitted:
                 self._socket.send(farewell)
+
+    def _fail_all(self, error: ServiceError) -> None:
+        for generation in list(self._generations.values()):
+            generation.group.fail(error)
 
     def _count(self, generation: Generation, outcome: Outcome) -> None:
         generation.course.num_tokens = len(generation.tokens)
@@ -319,6 +322,10 @@ class DriverClient:
     def _on_beat(self, beat: DriverBeat) -> None:
         self._last_beat = self._now()
         self._draining = beat.draining
+        if beat.over:
+            self._engine_ready = False
+            self._fail_all(EngineStopping())
+            return
         if beat.epoch != self._epoch:
             self._epoch = beat.epoch
             self._engine_ready = False

@@ -511,6 +511,7 @@ class Engine:
             num_waiting=self.num_waiting,
             num_running=self.num_running,
             draining=self.is_draining,
+            over=self.is_draining and self._stopping,
         )
 
     def _tell_all(self) -> None:

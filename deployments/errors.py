@@ -183,10 +183,10 @@ class EngineUnavailable(ServiceError):
 
 
 class EngineStopping(EngineUnavailable):
-    """The engine was told to stop and takes nothing new."""
+    """The engine was told to stop: it takes nothing new, and what it has may not end in time."""
 
     def public_message(self) -> str:
-        return "The server is being stopped and takes no new requests. Try again in a moment."
+        return "The server is being stopped: try again in a moment."
 
 
 class ClusterError(ServiceError):

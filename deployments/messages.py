@@ -156,6 +156,8 @@ class DriverBeat(Message, frozen=True, tag="beat"):
     num_running: Natural = 0
     draining: bool = False
     """The driver was told to stop: what runs may end, and nothing new is wanted."""
+    over: bool = False
+    """Its last word: what has not ended by now will not."""
 
 
 class Forgotten(Message, frozen=True, tag="forgotten"):

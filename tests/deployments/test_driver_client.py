@@ -619,6 +619,21 @@ def test_a_draining_driver_ends_what_runs_and_gets_nothing_new(driver):
     assert len(driver.of(Submit)) == 2
 
 
+def test_what_a_driver_has_not_ended_when_it_goes_fails_at_once(driver):
+    driver.step_s = 60
+
+    async def main():
+        async with connected(driver) as client:
+            listening = asyncio.create_task(listen(client, spec(40)))
+            await until(lambda: driver.num_running)
+            driver.say(DriverBeat(1, False, draining=True, over=True))
+            with pytest.raises(EngineStopping):
+                await listening
+            return client.counts.failed, client.num_live
+
+    assert asyncio.run(main()) == (1, 0)
+
+
 def test_a_silence_that_this_process_slept_through_is_not_the_drivers(driver):
     """Both were held up, as on a machine that has no time for them."""
 

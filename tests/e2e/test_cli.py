@@ -169,7 +169,7 @@ def test_serve_answers_and_leaves_nothing_behind(folder):
             *_, last = events
         assert last == "data: [DONE]"
         assert int(refused.headers["retry-after"]) > 0
-        assert "takes no new requests" in refused.json()["error"]["message"]
+        assert "is being stopped" in refused.json()["error"]["message"]
         told = service.communicate(timeout=300)[0]
     assert service.returncode == 0
     assert "lockstep: ready after" in told
