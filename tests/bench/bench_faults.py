@@ -82,7 +82,9 @@ def bench_departures(url: str) -> None:
 def main() -> None:
     with (
         ray_and_serve() as url,
-        deployed(url, tp_size=2, dp_size=2, max_num_seqs=32, max_restarts=1000) as ready,
+        deployed(
+            url, tp_size=2, dp_size=2, max_num_seqs=32, max_restarts=1000, beat_ms=250
+        ) as ready,
     ):
         bench_departures(ready)
         bench_kills(ready)

@@ -18,6 +18,10 @@ LIMIT_S = 600
 else to do, so that only what hangs is ended by it. Starting Ray, Serve and ranks alone takes two
 minutes on two cores that four others want."""
 
+PATIENT = {"beat_ms": 1000, "resume_wait_s": LIMIT_S}
+"""For services on a busy machine: at a load of thirty a rank may not run for two seconds, which are
+eight beats by default, and its successors may take more than a minute to start."""
+
 
 def pytest_collection_modifyitems(items):
     for item in items:
@@ -70,7 +74,7 @@ def deployed(url, **settings):
 
     from deployments.app import build_app
 
-    settings = {"device": "cpu", "metrics_port": 0, "kv_cache_gb": 0.1} | settings
+    settings = {"device": "cpu", "metrics_port": 0, "kv_cache_gb": 0.1} | PATIENT | settings
     serve.run(build_app(settings), name=APP, route_prefix="/")
     try:
         wait_ready(url)

@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 import httpx
 import pytest
 
+from tests.e2e.conftest import PATIENT
 from tests.e2e.ports import own_ports
 from workers import bundled
 
@@ -128,6 +129,8 @@ LONG = {
 def serving(*flags):
     """`lockstep serve` in a session and on ports of its own, ready: the process and its URL."""
     command = [sys.executable, "-m", "deployments.cli", "serve", "--device", "cpu", *flags]
+    command += ["--beat-ms", str(PATIENT["beat_ms"])]
+    command += ["--resume-wait-s", str(PATIENT["resume_wait_s"])]
     with own_ports() as ports, TemporaryDirectory(prefix="lsray", dir="/tmp") as sockets:
         settings = environment() | ports.serve_environment(sockets)
         settings["RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S"] = "5"

@@ -17,7 +17,7 @@ import pytest
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from tests.deployments.test_metrics import is_balanced, requests_in, scrape
-from tests.e2e.conftest import wait_ready
+from tests.e2e.conftest import PATIENT, wait_ready
 from tests.e2e.nodes import ROOT, network, peers, refusal
 from tests.e2e.test_batch import check_all, pids_of, whole_lines, write_questions
 from tests.e2e.test_line import ask_all, questions
@@ -89,7 +89,7 @@ def service(*, ingress_on, dashboard=False, **settings):
 @pytest.mark.row("C4")
 def test_ranks_of_two_nodes_are_one_engine_over_tcp():
     """Four ranks, attention's tp 2 x dp 2: each replica's two lie inside one node."""
-    with service(ingress_on="other1", tp_size=4) as one:
+    with service(ingress_on="other1", tp_size=4, **PATIENT) as one:
         ranks = one.where["ranks"]
         places = [rank["node_ip"] for rank in ranks]
         assert places[0] == places[1] != places[2] == places[3]
