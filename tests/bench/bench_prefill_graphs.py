@@ -57,6 +57,11 @@ class Case(NamedTuple):
     def num_steps(self) -> int:
         return NUM_WARM + self.steps + NUM_PROFILED
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the first request: it decodes beside the others' prompts, and then in steps."""
+        return self.context + self.decodes + self.num_steps
+
 
 class Steps:
     """Makes a case's bodies: always the same ones, each request on pages of its own."""
@@ -64,7 +69,7 @@ class Steps:
     def __init__(self, case: Case, page_size: int, vocab_size: int) -> None:
         self._case, self._page_size = case, page_size
         self._ids = range(3, min(10_000, vocab_size))
-        self._pages_a_slot = -(-(case.context + case.num_steps + 1) // page_size)
+        self._pages_a_slot = -(-case.longest // page_size)
 
     @property
     def num_pages(self) -> int:
@@ -159,7 +164,7 @@ def measure(args: argparse.Namespace, folder: Path) -> None:
         "load_format": "dummy" if args.model else "auto",
         "max_num_seqs": max(64, args.decodes + 1) if args.model else args.decodes + 1,
         "max_num_batched_tokens": max(args.context + args.decodes, most),
-        "max_model_len": max(args.context + cases[0].num_steps + 1, most),
+        "max_model_len": max(cases[0].longest, most),
         "prefill_graph_max_tokens": max(512, most) if args.model else most,
     }
     device = torch.device(args.device)

@@ -37,7 +37,7 @@ from tests.workers.test_runner import (
     next_token,
     some_requests,
 )
-from workers.batch import Chunk, ProtocolError, StepRows
+from workers.batch import BatchState, Chunk, ProtocolError, StepRows
 from workers.config import EngineConfig
 from workers.gpu_attention import GpuAttention
 from workers.prompt_graphs import Sizes, pack_step
@@ -522,6 +522,21 @@ def test_what_a_gpus_tests_compare_is_run_in_buckets(tmp_path):
     tokens, buckets = test_gpu.mixed_streams(runner, 3)
     assert tokens == expected
     assert buckets == [16] * 7 + [4] * 3
+
+
+def test_the_benchmarks_requests_have_pages_for_all_their_steps():
+    from tests.bench.bench_prefill_graphs import Case, Steps
+
+    case = Case(decodes=32, context=40, chunk=9, steps=20)
+    steps = Steps(case, 4, 1000)
+    state = BatchState(
+        max_num_seqs=33, max_num_batched_tokens=80, max_model_len=case.longest, page_size=4,
+        num_pages=steps.num_pages, vocab_size=1000,
+    )  # fmt: skip
+    for body in steps.prompts():
+        state.apply(body)
+    rows = [state.apply(steps.chunk(number)) for number in range(case.num_steps)]
+    assert {each.num_rows for each in rows} == {32 + 9}
 
 
 @pytest.mark.slow
