@@ -3,7 +3,8 @@
 Measurements lie in `expert_tiles.json`, which `python -m tests.bench.tune_experts` writes on a GPU:
 for a device and the shape of a layer's experts, the quickest tiles for numbers of choices. They are
 taken at the numbers of rows that decode graphs have, so a bucket runs what was measured at its own
-size; a number in between takes the tiles of the next larger one.
+size; a number in between takes the tiles of the next larger one. Past the largest its tiles hold
+for numbers that the rule cuts like it: a tuning that ended early says nothing of long prompts.
 
 No torch and no Triton: tiles are numbers.
 """
@@ -56,9 +57,12 @@ class TileTable(NamedTuple):
         >>> RULE.choose(5, 128) == tiles_by_rule(5, 128)
         True
         """
+        by_rule = tiles_by_rule(num_choices, num_experts)
         if not self.measured:
-            return tiles_by_rule(num_choices, num_experts)
+            return by_rule
         sizes = sorted(self.measured)
+        if num_choices > sizes[-1] and by_rule != tiles_by_rule(sizes[-1], num_experts):
+            return by_rule
         return self.measured[sizes[min(bisect_left(sizes, num_choices), len(sizes) - 1)]]
 
 

@@ -176,6 +176,15 @@ def test_a_bucket_runs_the_tiles_that_were_measured_at_its_own_size(tmp_path, mo
         assert {args["COLS"] for args in launches.args} == {cols}
 
 
+def test_tiles_that_were_measured_for_few_rows_say_nothing_of_many():
+    few, many = tiles_of(2), tiles_of(3)
+    early, late = TileTable({8: few, 512: few}), TileTable({8: few, 65536: many})
+    for num_choices in (4096, 65536):
+        assert early.choose(num_choices, 128) == tiles_by_rule(num_choices, 128)
+    assert early.choose(600, 128) == few
+    assert late.choose(131072, 128) == many
+
+
 def test_a_tuner_takes_what_is_quickest_and_right_and_keeps_the_rule_for_less(tmp_path):
     rule = tiles_by_rule(8, 6)
     times = {
