@@ -46,7 +46,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         defaults=DEEPSEEK_V3 | {"index_topk": 2048},
         gathers_in_attention=True,
         experts="n_routed_experts",
-        needs=("kv_lora_rank", "q_lora_rank"),
+        needs=("kv_lora_rank",),
     ),
     "LlamaForCausalLM": Architecture(),
     "MixtralForCausalLM": Architecture(

@@ -48,6 +48,8 @@ def read_folder(folder: Path, architectures: Mapping[str, Architecture]) -> Mode
     check_offered(file, path)
     check_sizes(file, path)
     missing = [name for name in family.needs if not getattr(file, name)]
+    if file.kv_lora_rank and file.index_topk is not None and not file.q_lora_rank:
+        missing.append("q_lora_rank")  # an indexer's queries are made from it
     if family.experts and not file.expert_count:
         missing.insert(0, family.experts)
     if missing:

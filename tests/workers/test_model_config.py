@@ -259,6 +259,11 @@ def test_what_is_not_offered_is_refused_with_a_sentence(case, tmp_path):
             "needs n_routed_experts and kv_lora_rank above 0",
         ),
         (
+            "DeepseekV3ForCausalLM",
+            {"index_topk": 4, "q_lora_rank": None},
+            "needs q_lora_rank above 0",
+        ),
+        (
             "DeepseekV2ForCausalLM",
             {"num_experts_per_tok": 2, "norm_topk_prob": True},
             "with norm_topk_prob=true is not offered: its implementations disagree on what that "
