@@ -57,6 +57,7 @@ def _route_kernel(
     if NORMALISE:
         weights = weights / tl.sum(weights, axis=0)
     inside = places < CHOSEN
+    chosen = tl.minimum(chosen, num_experts - 1)  # whatever NaN has chosen exists
     tl.store(weight_ptr + row * CHOSEN + places, weights, mask=inside)
     tl.store(expert_ptr + row * CHOSEN + places, chosen.to(tl.int64), mask=inside)
 

@@ -63,6 +63,15 @@ def test_the_choice_equals_the_reference(
     assert_near(weights, expected[0])
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # the interpreter's
+def test_a_poisoned_row_chooses_experts_that_exist(device):
+    """Others would be counted past the end of the counts."""
+    logits = torch.full((3, 6), float("nan"), device=device)
+    logits[1, 2] = 1.0
+    _, experts = route_experts(logits, 2, normalise=True)
+    assert 0 <= experts.min() <= experts.max() < 6
+
+
 def test_choices_are_counted(device):
     counts = torch.tensor([5, 0, 0, 1], device=device)
     count_choices(torch.tensor([[0, 2], [2, 3]], device=device), counts)
