@@ -165,7 +165,8 @@ class ModelRunner:
             why = "this model's attention reads latents"
         if why:
             if tells:
-                print(f"prefill_graph_max_tokens: steps with prompts have no graphs, {why}")
+                said = f"prefill_graph_max_tokens: steps with prompts have no graphs, {why}"
+                print(said, flush=True)
             return ()
         most = min(config.prefill_graph_max_tokens, config.max_num_batched_tokens)
         return prompt_buckets_up_to(most, self._row_multiple)
