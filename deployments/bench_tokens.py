@@ -1,9 +1,10 @@
 """Whether what `lockstep bench offline` timed is what the model says: answers are read as prompts.
 
 A timed answer, after its own prompt, is given to the engine as one prompt whose log-probabilities
-are asked for. That is a pass without CUDA graphs, cache reads or draws: every place has the tokens
-before it as they were answered (teacher forcing), and says which token it finds likeliest. Each
-answered token must be that one, unless the two lie closer than twice the noise.
+are asked for. That is a pass without decode graphs, cache reads or draws (no graphs at all but of
+steps that `prefill_graph_max_tokens` replays): every place has the tokens before it as they were
+answered (teacher forcing), and says which token it finds likeliest. Each answered token must be
+that one, unless the two lie closer than twice the noise.
 
 The noise is measured: the same requests run once more, not timed, and tell the log-probabilities
 that decoding gave the two likeliest tokens of each place; the same tokens of the same places, read
