@@ -294,12 +294,13 @@ def set_serve_ports() -> None:
 
     They are below those that the kernel gives to outgoing connections.
     """
-    free = filter(_is_free, random.sample(range(20_000, 30_000), 1000))
+    free = filter(is_free, random.sample(range(20_000, 30_000), 1000))
     for name in SERVE_PORTS:
         os.environ.setdefault(name, str(next(free)))
 
 
-def _is_free(port: int) -> bool:
+def is_free(port: int) -> bool:
+    """Whether nobody listens on it, on any address."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

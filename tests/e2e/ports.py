@@ -13,6 +13,8 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
+from workers.config import is_free
+
 FIRST, SIZE, NUM_BLOCKS = 20_000, 60, 160
 HTTP, METRICS, STATS, PROXY, GRPC_PROXY, DASHBOARD, AGENT, GCS, REPLICAS = range(9)
 
@@ -74,14 +76,4 @@ def takes(holder: socket.socket, first: int) -> bool:
         holder.bind(f"\0lockstep-tests-{first}")
     except OSError:
         return False
-    return True
-
-
-def is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", port))
-        except OSError:
-            return False
     return True
