@@ -157,14 +157,30 @@ def start_all_gather_rows(x_TD: Tensor, group: Group, *, out: Tensor) -> Pending
     return pending
 
 
-def all_gather_columns(x_TD: Tensor, group: Group, *, role: Role | None = None) -> Tensor:
-    """Join every rank's columns (T, D) in group order: (T, W * D)."""
+def all_gather_columns(
+    x_TD: Tensor, group: Group, *, out: Tensor | None = None, role: Role | None = None
+) -> Tensor:
+    """Join every rank's columns (T, D) in group order: (T, W * D).
+
+    Those of several rows are written to `out` where the caller has a place for them.
+    """
     if group.size == 1:
         return x_TD
-    num_rows, num_cols = x_TD.shape
-    stacked = all_gather_rows(x_TD, group, role=role).view(group.size, num_rows, num_cols)
-    columns = stacked.transpose(0, 1).reshape(num_rows, group.size * num_cols)
-    return out_of_slot(columns, group)  # of a single row it is a view
+    stacked = all_gather_rows(x_TD, group, role=role).view(group.size, *x_TD.shape)
+    return out_of_slot(side_by_side(stacked, out), group)  # of a single row it is a view
+
+
+def side_by_side(x_WTD: Tensor, out: Tensor | None = None) -> Tensor:
+    """Every rank's columns of the same rows, joined: (T, W * D), of a single row a view of `x`.
+
+    Several rows are written to `out` where the caller has a place for them.
+    """
+    num_ranks, num_rows, width = x_WTD.shape
+    x_TWD = x_WTD.transpose(0, 1)
+    if out is None or num_rows == 1:
+        return x_TWD.reshape(num_rows, num_ranks * width)
+    out.view(num_rows, num_ranks, width).copy_(x_TWD)
+    return out
 
 
 def reduce_scatter_rows(

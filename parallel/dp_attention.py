@@ -36,6 +36,7 @@ from parallel.collectives import (
     all_reduce,
     all_to_all_rows,
     reduce_scatter_rows,
+    side_by_side,
 )
 from parallel.context_gather import ContextGather
 from parallel.groups import Group
@@ -300,12 +301,13 @@ def gather_logit_rows(x_RD: Tensor, counts: tuple[int, ...], attn_dp: Group) -> 
     return slots.view(attn_dp.size, longest, *x_RD.shape[1:])
 
 
-def answer_logit_rows(x_PMV: Tensor, count: int, tp: Group) -> Tensor:
+def answer_logit_rows(x_PMV: Tensor, count: int, tp: Group, *, out: Tensor | None = None) -> Tensor:
     """Of this rank's columns (P, M, V) of all rows, send every rank those of its own rows.
 
-    What comes back are all columns (count, W * V) of this rank's.
+    What comes back are all columns (count, W * V) of this rank's; those of several rows are
+    written to `out` where the caller has a place for them.
     """
     num_replicas, longest, width = x_PMV.shape
     to_each = x_PMV.repeat_interleave(tp.size // num_replicas, 0).view(-1, width)
     mine_WMV = all_to_all_rows(to_each, tp).view(tp.size, longest, width)[:, :count]
-    return mine_WMV.transpose(0, 1).reshape(count, tp.size * width)
+    return side_by_side(mine_WMV, out)

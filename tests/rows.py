@@ -460,6 +460,13 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation(
         "S12",
+        "every graph keeps logits of its own",
+        "workers/graphs.py",
+        "        logits_BV = self._model.logits(hidden_BD, every, out=out)\n",
+        "        logits_BV = self._model.logits(hidden_BD, every)\n",
+    ),
+    Mutation(
+        "S12",
         "ranks capture before their symmetric memory is final",
         "workers/worker.py",
         "        groups.arena.seal()\n        link.send(self._ready(runner))\n",

@@ -13,8 +13,10 @@ spare slot's: they write to a page that is nobody's. With context parallelism ea
 its rows of the bucket, and the replica's ranks bring hidden rows together before the head.
 
 A graph works on slots of the symmetric arena, which stay where they are for good, and on memory of
-the graphs alone (`workers.recording`). Its collectives are those recorded at capture, which ranks
-compare before the first step. Steps with prompts have their own graphs, `workers.prompt_graphs`.
+the graphs alone (`workers.recording`). Logits of all graphs lie in one tensor that has room for the
+largest bucket: sampling reads them behind a replay, and before the next. A graph's collectives are
+those recorded at capture, which ranks compare before the first step. Steps with prompts have their
+own graphs, `workers.prompt_graphs`.
 
 On a CPU nothing is captured and the same rows are run as they are, which is how it is tested.
 
@@ -51,7 +53,7 @@ class Replayed(NamedTuple):
     ids_R: Tensor
     highest_R: Tensor
     logits_RV: Tensor
-    """Of the rows that count. The next step overwrites it."""
+    """Of the rows that count. The next replay, in whatever bucket, overwrites it."""
 
 
 class _Graph(NamedTuple):
@@ -97,6 +99,8 @@ class DecodeGraphs:
         self._num_live = (0,) * num_replicas
         """What `_num_live_P` holds, for the parts of each replica together."""
         self._last_token_S = last_token_S
+        self._room_BV = model.room_for_logits(most_rows)
+        """Every graph's logits, in its first rows."""
         self._turn_1 = torch.zeros(1, dtype=torch.int32, device=device)
         is_gpu = device.type == "cuda"
         self._ring_R2B = torch.zeros(RING, 2, most_rows, dtype=torch.int32, pin_memory=is_gpu)
@@ -188,6 +192,7 @@ class DecodeGraphs:
         hidden_BD = self._model.forward(batch)
         if part is not None:
             hidden_BD = part.take_all(hidden_BD)
-        logits_BV = self._model.logits(hidden_BD, every)
+        out = self._room_BV[: len(hidden_BD)]
+        logits_BV = self._model.logits(hidden_BD, every, out=out)
         close_rows(logits_BV, rows)
         return logits_BV

@@ -115,6 +115,10 @@ def test_every_replica_gets_all_columns_of_its_own_rows():
         rows_PMD = gather_logit_rows(hidden, (3, 1), groups.attn_dp)
         columns = answer_logit_rows(rows_PMD @ part.T, len(hidden), groups.tp)
         assert torch.equal(columns, hidden @ weight.T)
+        room = torch.zeros(len(hidden), 8)
+        written = answer_logit_rows(rows_PMD @ part.T, len(hidden), groups.tp, out=room)
+        assert torch.equal(written, columns)
+        assert (written is room) == (len(hidden) > 1)
 
     run_thread_world(LAYOUTS[1], body)
 

@@ -221,6 +221,26 @@ def test_ranks_replay_the_collectives_that_they_captured():
     assert len(results[0][1]) == 32
 
 
+@pytest.mark.parametrize(
+    ("settings", "head_ranks"),
+    [({}, 1), ({"tp_size": 2}, 2), (DP2, 2), (DP2 | {"enable_dp_lm_head": True}, 1)],
+)
+def test_graphs_of_a_rank_keep_their_logits_in_one_place(settings, head_ranks):
+    """Else every row of every bucket would have a vocabulary of its own in the GPU's memory."""
+    config = EngineConfig(**SIZES | settings)
+
+    @torch.inference_mode()
+    def body(rank, groups):
+        graphs = new_runner(config, rank, groups)._steps._graphs
+        places = {b: graph.logits_BV.data_ptr() for b, graph in graphs._graphs.items()}
+        assert list(places) == [3, 2, 1]
+        return [b for b, place in places.items() if place != graphs._room_BV.data_ptr()]
+
+    elsewhere = [] if head_ranks == 1 else [1]  # a row that comes from several ranks
+    found = run_thread_world(config.layout, body, time_limit_s=120.0)
+    assert found == [elsewhere] * config.layout.world_size
+
+
 def test_a_masked_replica_replays_with_the_others():
     """Its rows wait for a grammar outside the graph; the other replica waits for nobody."""
     config = EngineConfig(**SIZES | DP2)

@@ -193,6 +193,22 @@ def test_a_replayed_prompt_gives_the_tokens_of_an_eager_run_of_its_rows(case, ca
     assert mixed_streams(runner, 40)[0] == replayed
 
 
+@torch.inference_mode()
+def test_graphs_of_all_buckets_take_no_more_memory_than_is_counted(tmp_path):
+    """Only the largest is measured. Logits of the others, each for itself, would be 300 MB here."""
+    save_tiny(tmp_path, "Llama", vocab_size=300_000)
+    runner = new_runner(tmp_path, "cuda", dtype="bfloat16", max_num_seqs=64)
+    counted = runner._measure_graphs(runner._new_steps(96))
+    steps = runner._new_steps(96)
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    before, _ = torch.cuda.mem_get_info()
+    steps.capture(lambda done, total: None)
+    torch.cuda.empty_cache()
+    after, _ = torch.cuda.mem_get_info()
+    assert before - after <= counted
+
+
 @pytest.mark.parametrize("case", FAMILIES)
 def test_bfloat16_logits_are_as_near_as_those_of_transformers(case, tmp_path):
     family, changes = FAMILIES[case]

@@ -115,9 +115,12 @@ class Listening:
         logits = runner._model.logits
 
         def listen(
-            hidden_RD: torch.Tensor, num_logit_rows: tuple[int, ...] | None = None
+            hidden_RD: torch.Tensor,
+            num_logit_rows: tuple[int, ...] | None = None,
+            *,
+            out: torch.Tensor | None = None,
         ) -> torch.Tensor:
-            self.logits_RV = logits(hidden_RD, num_logit_rows)
+            self.logits_RV = logits(hidden_RD, num_logit_rows, out=out)
             return self.logits_RV
 
         runner._model.logits = listen

@@ -74,10 +74,14 @@ class ChecksumModel:
             hidden_TD[:, mine] = (out[:, 1] * counts_T1).round()
         return hidden_TD
 
-    def logits(self, hidden_RD: torch.Tensor, num_logit_rows=None) -> torch.Tensor:
+    def logits(self, hidden_RD: torch.Tensor, num_logit_rows=None, *, out=None) -> torch.Tensor:
         primes = torch.tensor([3, 5, 7, 11, 13, 17, 19, 23])
         next_R1 = (hidden_RD * primes).sum(-1, keepdim=True) % VOCAB
-        return -((torch.arange(VOCAB) - next_R1).abs() * 0.5)
+        logits_RV = -((torch.arange(VOCAB) - next_R1).abs() * 0.5)
+        return logits_RV if out is None else out.copy_(logits_RV)
+
+    def room_for_logits(self, num_rows: int) -> torch.Tensor:
+        return torch.empty(num_rows, VOCAB)
 
 
 def next_token(tokens: list[int]) -> int:

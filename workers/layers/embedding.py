@@ -81,17 +81,32 @@ class LMHead:
         self._spans_replicas = build.plan.head.rows is Rows.FULL
         self._replicas = build.groups.attn_dp
 
-    def forward(self, hidden_RD: Tensor, num_logit_rows: tuple[int, ...] | None = None) -> Tensor:
+    def room_for(self, num_rows: int) -> Tensor:
+        """Where `forward` may write so many rows, or its first rows fewer: float32, not filled."""
+        weight_VD = self._vocab.weight_VD
+        shape = (num_rows, self._vocab.group.size * weight_VD.shape[0])
+        return weight_VD.new_empty(shape, dtype=torch.float32)
+
+    def forward(
+        self,
+        hidden_RD: Tensor,
+        num_logit_rows: tuple[int, ...] | None = None,
+        *,
+        out: Tensor | None = None,
+    ) -> Tensor:
         """float32 logits (R, vocab_size), the same on all ranks of a replica.
 
         `num_logit_rows` says how many rows each replica brings, which a head over all replicas
-        must know; then all ranks come here in the same step, those without rows too.
+        must know; then all ranks come here in the same step, those without rows too. `out` is as
+        many rows of `room_for`: what is returned lies there, or, a single row that comes from
+        several ranks, where it arrived.
         """
         if not self._spans_replicas:
-            local_RV = head_linear(hidden_RD, self._vocab.weight_VD)
             group = self._vocab.group
+            whole = out if group.size == 1 else None
+            local_RV = head_linear(hidden_RD, self._vocab.weight_VD, out=whole)
             local_RV = moved_to_slot(local_RV, group, role="logits", op="all_gather")
-            logits_RV = all_gather_columns(local_RV, group, role="all_logits")
+            logits_RV = all_gather_columns(local_RV, group, out=out, role="all_logits")
             return logits_RV[:, : self._vocab_size].float()
         if num_logit_rows is None:
             raise PlanError(
@@ -100,5 +115,5 @@ class LMHead:
         rows_PMD = gather_logit_rows(hidden_RD, num_logit_rows, self._replicas)
         local_NV = head_linear(rows_PMD.flatten(0, 1), self._vocab.weight_VD)
         local_PMV = local_NV.view(*rows_PMD.shape[:2], -1)
-        logits_RV = answer_logit_rows(local_PMV, hidden_RD.shape[0], self._vocab.group)
+        logits_RV = answer_logit_rows(local_PMV, hidden_RD.shape[0], self._vocab.group, out=out)
         return logits_RV[:, : self._vocab_size].float()

@@ -48,15 +48,24 @@ def gated_linear(x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) 
     return silu_and_multiply(functional.linear(x_TK, weight_NK, bias_N))
 
 
-def head_linear(x_RK: Tensor, weight_VK: Tensor) -> Tensor:
-    """Logits: on a GPU not rounded to the weight's type, so that few are equal."""
+def head_linear(x_RK: Tensor, weight_VK: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """Logits: on a GPU not rounded to the weight's type, so that few are equal.
+
+    Written to `out`, which is float32, where the caller has a place for them.
+    """
     if x_RK.is_cuda and x_RK.dtype != torch.float32:
         from kernels.skinny_linear import fits, skinny_linear
 
         if fits(x_RK):
-            return skinny_linear(x_RK.contiguous(), weight_VK, out_dtype=torch.float32)
-        return torch.mm(x_RK, weight_VK.t(), out_dtype=torch.float32)
-    return functional.linear(x_RK, weight_VK)
+            return skinny_linear(x_RK.contiguous(), weight_VK, out_dtype=torch.float32, out=out)
+        if out is None:
+            return torch.mm(x_RK, weight_VK.t(), out_dtype=torch.float32)
+        return torch.mm(x_RK, weight_VK.t(), out_dtype=torch.float32, out=out)
+    if out is None:
+        return functional.linear(x_RK, weight_VK)
+    if x_RK.dtype != out.dtype:
+        return out.copy_(functional.linear(x_RK, weight_VK))
+    return torch.mm(x_RK, weight_VK.t(), out=out)
 
 
 def float32_linear(x_TK: Tensor, weight_NK: Tensor) -> Tensor:

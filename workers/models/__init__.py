@@ -59,12 +59,23 @@ class Model(Protocol):
         """Hidden rows (T, D) behind the final norm."""
         ...
 
-    def logits(self, hidden_RD: Tensor, num_logit_rows: tuple[int, ...] | None = None) -> Tensor:
+    def logits(
+        self,
+        hidden_RD: Tensor,
+        num_logit_rows: tuple[int, ...] | None = None,
+        *,
+        out: Tensor | None = None,
+    ) -> Tensor:
         """float32 (R, vocab_size), the same on all attention-TP ranks.
 
         With a head that spans replicas `num_logit_rows` says how many rows each of them has, and
-        all ranks call this in the same step.
+        all ranks call this in the same step. `out` (R, ...) are rows of `room_for_logits`: what is
+        returned lies there, but a single row that comes from several ranks where it arrived.
         """
+        ...
+
+    def room_for_logits(self, num_rows: int) -> Tensor:
+        """For `out` of `logits`, which takes as many of its first rows as there are."""
         ...
 
     @property

@@ -142,9 +142,19 @@ class Decoder:
         x, _ = self._into_head.forward(x, residual, split)
         return out_of_slot(x.final(Rows.TP_ATTN_FULL), self._groups.attn_tp)
 
-    def logits(self, hidden_RD: Tensor, num_logit_rows: tuple[int, ...] | None = None) -> Tensor:
+    def logits(
+        self,
+        hidden_RD: Tensor,
+        num_logit_rows: tuple[int, ...] | None = None,
+        *,
+        out: Tensor | None = None,
+    ) -> Tensor:
         """float32 (R, vocab_size); with a head that spans replicas, all of them say how many."""
-        return self._head.forward(hidden_RD, num_logit_rows)
+        return self._head.forward(hidden_RD, num_logit_rows, out=out)
+
+    def room_for_logits(self, num_rows: int) -> Tensor:
+        """For `out` of `logits`, which takes as many of its first rows as there are."""
+        return self._head.room_for(num_rows)
 
     @property
     def mlps(self) -> tuple[MLP, ...]:
