@@ -6,10 +6,12 @@ import time
 import pytest
 import torch
 
+from parallel import thread_world
 from parallel.collectives import (
     all_gather_columns,
     all_gather_rows,
     all_reduce,
+    all_to_all_rows,
     reduce_scatter_rows,
 )
 from parallel.layout import Layout
@@ -125,3 +127,22 @@ def test_a_rank_that_never_returns_is_named():
     with pytest.raises(Desync, match=r"ranks \[1\] were not back after 0\.5 s"):
         run_thread_world(Layout(tp_size=2), body, time_limit_s=0.5)
     may_return.set()
+
+
+def test_a_rank_that_was_not_given_its_turn_goes_on_and_gives_up_nobodys():
+    of_all = threading.Lock()
+    first, second = thread_world._Turn(of_all), thread_world._Turn(of_all)
+    first.take()
+    second.take()  # returns, though the first has it
+    second.give_up()
+    assert of_all.locked()
+    first.give_up()
+    assert not of_all.locked()
+
+
+def test_all_blocks_are_exchanged_in_rank_order():
+    def body(rank, groups):
+        return all_to_all_rows(torch.arange(4.0).view(4, 1) + 10 * rank, groups.tp).flatten()
+
+    results = run_thread_world(FOUR, body)
+    assert torch.stack(results).tolist() == [[d + 10 * s for s in range(4)] for d in range(4)]
