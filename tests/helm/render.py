@@ -97,7 +97,8 @@ def discovery() -> Any:
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    wbufsize = -1  # an answer in one packet: in two, the second waits 40 ms for the first's ack
+    wbufsize = -1
+    disable_nagle_algorithm = True  # an answer's second packet waits 40 ms for the first's ack
     server: FakeApi
 
     def do_GET(self) -> None:
