@@ -11,9 +11,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import ray
@@ -49,6 +50,9 @@ END_TIMEOUT_S = 3.0
 
 ROOM_WAIT_S = 2.0
 """For Ray to count what was just released, before a node that does not answer is asked again."""
+
+ENDS_ITSELF_S = 2.0
+"""For a process of this node to end as Ray or its zygote wants; then it is ended by a signal."""
 
 PROGRESS_S = 1.0
 LOOK_AGAIN_S = 0.5
@@ -129,8 +133,9 @@ class RayFleet:
         self._seats: list[Seat] = []
         self._silent: dict[str, str] = {}
         """Addresses of nodes that did not answer when ranks were ended last, by their ids."""
-        self._pidfds: list[int] = []
-        """Of the actors on this node: what Ray does not end is ended by it."""
+        self._actors: list[Local] = []
+        self._ranks: list[Local] = []
+        """Of those on this node: what nobody else ends is ended by its pidfd."""
         self._watch: Watch | None = None
 
     @property
@@ -164,9 +169,15 @@ class RayFleet:
     def kill(self) -> None:
         if self._hosts and not self._end_ranks():
             self._release()
+        await_ends(self._ranks, time.monotonic() + KILL_TIMEOUT_S)
+        self._ranks = []
         self._stop_watching()
 
     def stop(self) -> None:
+        self.kill()  # while there are actors to say that their ranks are gone
+        if self._silent:
+            nodes = ", ".join(self._silent.values())
+            log.warning("no answer from %s: whether ranks there have ended is not known", nodes)
         self._release()
         os.close(self._wake)
 
@@ -242,7 +253,7 @@ class RayFleet:
             Seat(*each) for each in self._ask("where", [(with_gpus,)] * len(bundles), timeout_s)
         ]
         here = ray.get_runtime_context().get_node_id()
-        self._pidfds = [os.pidfd_open(seat.pid) for seat in seats if seat.node_id == here]
+        self._actors = opened(("a Ray actor", seat.pid) for seat in seats if seat.node_id == here)
         return seats
 
     def _place(
@@ -265,7 +276,8 @@ class RayFleet:
         """A process for every rank, and who waits for its end."""
         arguments = [(spec.to_json(), f"epoch {spec.epoch} rank {spec.rank}") for spec in specs]
         pids = self._ask("fork", arguments, FORK_TIMEOUT_S)
-        ranks = zip(specs, pids, strict=True)
+        ranks = list(zip(specs, pids, strict=True))
+        self._ranks = opened((f"rank {spec.rank}", pid) for spec, pid in ranks if spec.with_driver)
         waits = [host.wait.remote() for host in self._hosts]
         who = [(spec.rank, pid, spec.node_ip) for spec, pid in ranks]
         return Watch(dict(zip(waits, who, strict=True)), self._wake)
@@ -308,12 +320,8 @@ class RayFleet:
     def _await_gone(self) -> None:
         """Waits, not for ever, until Ray and this machine know nothing of the hosts."""
         deadline = time.monotonic() + KILL_TIMEOUT_S
-        for pidfd in self._pidfds:
-            if not readable(pidfd, min(2.0, deadline - time.monotonic())):
-                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-                readable(pidfd, deadline - time.monotonic())
-            os.close(pidfd)
-        self._pidfds = []
+        await_ends(self._actors, deadline)
+        self._actors = []
         while self._group is not None and time.monotonic() < deadline:
             if state_of(self._group) == "REMOVED":
                 return
@@ -323,6 +331,39 @@ class RayFleet:
         if self._watch is not None:
             self._watch.close()
             self._watch = None
+
+
+class Local(NamedTuple):
+    """A process on the driver's node, called as a log line would."""
+
+    name: str
+    pidfd: int
+
+
+def opened(processes: Iterable[tuple[str, int]]) -> list[Local]:
+    """Of processes of this node, (what it is, pid) each, those that are still there."""
+    found: list[Local] = []
+    for what, pid in processes:
+        with suppress(ProcessLookupError):
+            found.append(Local(f"{what} (pid {pid})", os.pidfd_open(pid)))
+    return found
+
+
+def await_ends(processes: Sequence[Local], deadline: float) -> None:
+    """Returns when these are gone, or at the deadline (monotonic), having told which are not.
+
+    What does not end soon is ended by a signal. Closes the pidfds.
+    """
+    soon = min(deadline, time.monotonic() + ENDS_ITSELF_S)
+    for _, pidfd in processes:
+        if not readable(pidfd, soon - time.monotonic()):
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    left = [name for name, fd in processes if not readable(fd, deadline - time.monotonic())]
+    if left:
+        log.warning("%s did not end in time, though killed, and may hold memory", ", ".join(left))
+    for _, pidfd in processes:
+        os.close(pidfd)
 
 
 class Watch:

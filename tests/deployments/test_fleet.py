@@ -14,6 +14,7 @@ import ray
 import zmq
 from ray.util import placement_group_table
 
+from deployments import ray_fleet
 from deployments.errors import ClusterError, ClusterTooSmall
 from deployments.fleet import LocalFleet
 from deployments.ray_fleet import RayFleet
@@ -393,8 +394,36 @@ def test_a_lost_actor_takes_its_rank_along_and_is_replaced(on_ray, launch, gate,
         assert f"rank 0 (pid {pid} on " in death.sentence
         assert "died: its Ray actor is lost (" in death.sentence
     on_ray.kill()
-    wait_for(lambda: not any(is_running(each) for each in (pid, zygote, actor)))
+    assert not is_running(pid)
+    wait_for(lambda: not any(is_running(each) for each in (zygote, actor)))
     launch(on_ray, ONE_RANK, epoch=2, gate=gate).handshake()
+
+
+def test_ranks_are_gone_before_a_stop_ends_the_actors_that_can_say_so(
+    cluster, launch, gate, monkeypatch
+):
+    """An actor's end is told before what it has forked is gone."""
+    fleet = RayFleet(cluster_wait_s=60)
+    pid = launch(fleet, ONE_RANK, gate=gate).handshake()[0].pid
+    left, end_actor = [], ray.kill
+
+    def note_ranks(host, **options):
+        left.append(is_running(pid))
+        end_actor(host, **options)
+
+    monkeypatch.setattr(ray_fleet.ray, "kill", note_ranks)
+    fleet.stop()
+    assert left == [False]
+
+
+def test_what_does_not_end_in_time_is_named(monkeypatch, caplog):
+    monkeypatch.setattr(ray_fleet.signal, "pidfd_send_signal", lambda pidfd, number: None)
+    with subprocess.Popen(["sleep", "60"]) as process:
+        there = ray_fleet.opened([("rank 3", process.pid), ("rank 4", 2**30)])
+        ray_fleet.await_ends(there, time.monotonic() + 0.1)
+        process.kill()
+    [line] = caplog.messages
+    assert line.startswith(f"rank 3 (pid {process.pid}) did not end in time")
 
 
 def test_a_start_that_fails_half_way_leaves_nothing(on_ray, context, folder):
