@@ -21,29 +21,14 @@ from kernels.paged_prefill import cut_chunks, paged_prefill
 from kernels.rms_norm import add_rms_norm
 from kernels.silu_multiply import silu_multiply
 from kernels.skinny_linear import skinny_linear
+from tests.bench import kernel_times
 
 DEVICE = "cuda"
 BF16 = torch.bfloat16
 
 
-def micros(run: Callable[[int], object], num_inputs: int, *, repeats: int = 5) -> float:
-    """Median microseconds of `run(i)` within a graph of one call for each input."""
-    run(0)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for i in range(num_inputs):
-            run(i)
-    graph.replay()
-    times = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / num_inputs * 1e3)
-    return sorted(times)[repeats // 2]
+def micros(run: Callable[[int], object], num_inputs: int) -> float:
+    return kernel_times.micros(run, num_inputs, torch.device(DEVICE))
 
 
 def copy_rate() -> float:

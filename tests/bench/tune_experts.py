@@ -35,6 +35,7 @@ from kernels.expert_tiles import (
     write_table,
 )
 from kernels.fused_moe import fused_moe
+from tests.bench.kernel_times import micros
 from tests.bench.results import commit, versions
 
 ROWS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 512, 1024, 2048, 8192)
@@ -97,22 +98,23 @@ class Layer:
         routings = [self._routing(num_rows) for _ in range(NUM_ROUTINGS)]
         outs = [torch.empty_like(x_TD) for _ in routings]
 
-        def run(tiles: Tiles) -> None:
-            table = TileTable({num_rows * shape.num_chosen: tiles})
-            for (weight_TK, expert_TK), out in zip(routings, outs, strict=True):
-                fused_moe(
-                    x_TD, weight_TK, expert_TK, self._gate_up_END, self._down_EDI,
-                    first=0, num_real=shape.num_experts, table=table, out=out,
-                )  # fmt: skip
+        def run(number: int, tiles: Tiles) -> None:
+            weight_TK, expert_TK = routings[number]
+            fused_moe(
+                x_TD, weight_TK, expert_TK, self._gate_up_END, self._down_EDI, first=0,
+                num_real=shape.num_experts, out=outs[number],
+                table=TileTable({num_rows * shape.num_chosen: tiles}),
+            )  # fmt: skip
 
-        run(tiles_by_rule(num_rows * shape.num_chosen, shape.num_experts))
+        for number in range(NUM_ROUTINGS):
+            run(number, tiles_by_rule(num_rows * shape.num_chosen, shape.num_experts))
         expected = [out.clone() for out in outs]
 
         def measure(tiles: Tiles) -> float:
             for out in outs:
                 out.fill_(torch.nan)
             try:
-                took = _micros(lambda: run(tiles), self._device) / NUM_ROUTINGS
+                took = micros(lambda number: run(number, tiles), NUM_ROUTINGS, self._device)
             except triton.OutOfResources:
                 return float("inf")
             near = (
@@ -128,28 +130,6 @@ class Layer:
         chosen = scores.topk(self._shape.num_chosen)
         weight_TK = chosen.values / chosen.values.sum(-1, keepdim=True)
         return weight_TK.to(self._gate_up_END.dtype), chosen.indices
-
-
-def _micros(run: Callable[[], None], device: torch.device, repeats: int = 5) -> float:
-    """Median microseconds; in a CUDA graph on a GPU."""
-    if device.type != "cuda":
-        began = time.perf_counter()
-        run()
-        return (time.perf_counter() - began) * 1e6
-    run()
-    torch.cuda.synchronize(device)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    times = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3)
-    return sorted(times)[repeats // 2]
 
 
 def sizes_of(shape: ExpertShape, rows: Iterable[int]) -> Iterator[tuple[int, int, list[Tile]]]:
