@@ -27,7 +27,7 @@ from deployments.ray_fleet import RayFleet
 from tests.e2e.conftest import LIMIT_S
 from tests.e2e.machine import slowdown
 from tests.workers.kernel_runner import KERNEL_RUNNER
-from tests.workers.test_dp_graphs import SIZES
+from tests.workers.tiny_moe import SIZES
 from workers.bundled.questions import answer
 
 pytestmark = pytest.mark.row("S5")

@@ -1,66 +1,21 @@
 """The GPU's path, kernels and padded decodes, on whatever there is: a GPU, or the interpreter."""
 
-from random import Random
-
 import msgspec
 import pytest
 import torch
 
-from parallel.groups import single_rank_groups
-from parallel.layout import Layout
 from tests.headers import header_of
 from tests.workers import test_gpu
-from tests.workers.random_driver import RandomDriver, Request
+from tests.workers.checksum_runs import (
+    NUM_PAGES,
+    CountingModel,
+    checksum_runner,
+    greedy_requests,
+    streams,
+)
 from tests.workers.test_runner import ChecksumModel, entering, header, next_token, some_requests
 from workers.batch import ProtocolError
-from workers.config import EngineConfig
 from workers.protocol import Body, Header, Mode, Sampling, pack
-from workers.runner import ModelRunner
-
-NUM_PAGES = 14
-
-
-class LoggingModel(ChecksumModel):
-    """Remembers how many rows each forward had."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.num_rows: list[int] = []
-
-    def forward(self, batch):
-        self.num_rows.append(len(batch.input_ids_T))
-        return super().forward(batch)
-
-
-def new_runner(model=None, *, use_kernels=True, **changes) -> ModelRunner:
-    settings = {"page_size": 4, "max_num_seqs": 4, "max_num_batched_tokens": 24} | changes
-    runner = ModelRunner(
-        EngineConfig(**settings),
-        Layout(),
-        0,
-        single_rank_groups(),
-        torch.device("cpu"),
-        lambda stage, done, total: None,
-        make_model=lambda *parts: model or ChecksumModel(),
-        use_kernels=use_kernels,
-    )
-    runner.allocate(min(NUM_PAGES, runner.max_pages))
-    return runner
-
-
-def streams(requests: list[Request], runner: ModelRunner) -> list[list[int]]:
-    driver = RandomDriver(
-        requests, Random(3), max_num_seqs=4, num_pages=NUM_PAGES, page_size=4, budget=24,
-        chaos=0.3,
-    )  # fmt: skip
-    for _ in range(2000):
-        if driver.is_done:
-            return [request.output for request in requests]
-        planned = driver.plan()
-        pending = runner.launch(planned.header(buckets=runner.buckets), planned.body, 0)
-        driver.feed(planned, runner.finish(pending).ids.tolist())
-    raise TimeoutError("the requests do not end")
-
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="the interpreter is chosen when Triton is imported"
@@ -68,21 +23,14 @@ pytestmark = pytest.mark.skipif(
 
 
 def test_greedy_streams_are_those_worked_out_by_hand():
-    random = Random(1)
-    requests = [Request([random.randrange(97) for _ in range(n)], 9) for n in (1, 7, 9, 16)]
-    expected = []
-    for request in requests:
-        tokens = list(request.prompt)
-        while len(tokens) < len(request.prompt) + request.max_tokens:
-            tokens.append(next_token(tokens))
-        expected.append(tokens[len(request.prompt) :])
-    assert streams(requests, new_runner()) == expected
+    requests, expected = greedy_requests(9)
+    assert streams(requests, checksum_runner()) == expected
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_sampled_streams_equal_those_without_kernels(seed):
-    plain = streams(some_requests(seed), new_runner(use_kernels=False))
-    assert streams(some_requests(seed), new_runner()) == plain
+    plain = streams(some_requests(seed), checksum_runner(use_kernels=False))
+    assert streams(some_requests(seed), checksum_runner()) == plain
 
 
 def decoding(num_rows: int, bucket: int) -> Header:
@@ -91,7 +39,7 @@ def decoding(num_rows: int, bucket: int) -> Header:
 
 def test_steps_overlap_and_keep_their_own_tokens():
     """Steps n and n+1 are both under way before step n is read."""
-    runner = new_runner()
+    runner = checksum_runner()
     prompt = [5, 6, 7]
     first = runner.launch(
         header(3, 1), entering(2, prompt, Sampling(temperature=0.0), [3, 1, 2]), 0
@@ -109,8 +57,8 @@ def test_steps_overlap_and_keep_their_own_tokens():
 
 
 def test_decodes_fill_up_to_a_bucket_and_pads_touch_nobody():
-    model = LoggingModel()
-    runner = new_runner(model)
+    model = CountingModel()
+    runner = checksum_runner(model)
     greedy = Sampling(temperature=0.0)
     for number, slot in enumerate((0, 1, 3)):
         body = entering(slot, [slot + 1, 9], greedy, [2 * number, 2 * number + 1])
@@ -128,8 +76,8 @@ def test_decodes_fill_up_to_a_bucket_and_pads_touch_nobody():
 @pytest.mark.row("S13")
 def test_every_bucket_is_run_at_its_own_size_before_ready_and_no_other_size_is_replayed():
     """Kernels are compiled, chosen by size and captured at exactly the rows that steps launch."""
-    model = LoggingModel()
-    runner = new_runner(model, max_num_seqs=20)
+    model = CountingModel()
+    runner = checksum_runner(model, max_num_seqs=20)
     assert runner.buckets == (1, 2, 3, 4, 5, 6, 7, 8, 16, 20)
     assert model.num_rows[-len(runner.buckets) :] == list(reversed(runner.buckets))
     body = entering(0, [5], Sampling(temperature=0.0), [0, 1, 2])
@@ -151,11 +99,11 @@ def test_what_a_gpus_tests_compare_is_run_by_graphs(tmp_path):
 
 
 def test_a_bucket_that_does_not_exist_is_refused():
-    runner = new_runner()
+    runner = checksum_runner()
     runner.launch(header(1, 1), entering(0, [1], Sampling(temperature=0.0), [0]), 0)
     with pytest.raises(ProtocolError, match=r"wants a graph of 5 rows; there are graphs of \(1, 2"):
         runner.launch(decoding(1, 5), Body(), 0)
-    runner = new_runner()
+    runner = checksum_runner()
     runner.launch(header(1, 1), entering(0, [1], Sampling(temperature=0.0), [0]), 0)
     wrong = msgspec.structs.replace(decoding(1, 1), bucket=2)
     with pytest.raises(ProtocolError, match=r"of every replica and pads them to \(1,\)"):
@@ -164,7 +112,7 @@ def test_a_bucket_that_does_not_exist_is_refused():
 
 def test_a_poisoned_decode_is_found():
     model = ChecksumModel()
-    runner = new_runner(model)
+    runner = checksum_runner(model)
     prompt = [5, 6, 7]
     model.poison = next_token(prompt)
     body = entering(0, prompt, Sampling(temperature=0.0), [0, 1])

@@ -17,10 +17,8 @@ import torch
 from parallel.padding import align_rows, choose_bucket
 from parallel.thread_world import run_thread_world
 from tests.headers import header_of
-from tests.workers import test_dp_graphs as tiny
-from tests.workers import test_graphs as checksum
+from tests.workers import checksum_runs, tiny_moe
 from tests.workers.random_driver import Planned, RandomDriver, Request
-from tests.workers.test_dp_graphs import one_kernel_at_a_time  # noqa: F401  a fixture
 from workers.config import EngineConfig
 from workers.protocol import Header, Sampling
 from workers.runner import ModelRunner
@@ -30,6 +28,7 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is chosen at import"),
     pytest.mark.timeout(3000),
     pytest.mark.row("S12"),
+    pytest.mark.usefixtures("one_kernel_at_a_time"),
 ]
 
 GREEDY = Sampling(temperature=0.0)
@@ -165,7 +164,7 @@ def interleave(
         assert_same(mixed, eager, num_logit_rows, exact=exact or same_shapes)
         tokens = [one.ids.tolist()]
         if groups is not None:
-            tokens = tiny.tell(groups, told.mixed, replica, one.ids)
+            tokens = tiny_moe.tell(groups, told.mixed, replica, one.ids)
         for crowd, plan, ids in zip(crowds, plans, tokens, strict=True):
             crowd.driver.feed(plan, ids)
         kind = kind_of(told.mixed, plans)
@@ -179,10 +178,10 @@ def interleave(
 )
 def test_any_order_of_replayed_and_eager_steps_is_bit_equal_to_eager_ones(num_steps):
     """Checksums of all that a row reads, in whole numbers: a wrong page, slot or position shows."""
-    mixed, eager = (Listening(checksum.new_runner()) for _ in range(2))
+    mixed, eager = (Listening(checksum_runs.checksum_runner()) for _ in range(2))
     crowd = Crowd(
         Random(7), 97, [GREEDY, DRAWN, PENALISED], max_tokens=20,
-        max_num_seqs=4, num_pages=checksum.NUM_PAGES, page_size=4, budget=24,
+        **checksum_runs.DRIVER,
     )  # fmt: skip
     seen = interleave(mixed, eager, [crowd], num_steps, seed=3, exact=True)
     for part, theirs in zip(
@@ -204,9 +203,9 @@ def test_any_order_of_replayed_and_eager_steps_is_bit_equal_to_eager_ones(num_st
 
 LAYOUTS = {
     "one rank": {"tp_size": 1},
-    "two replicas": tiny.DP2,
-    "two replicas of two parts": tiny.DP2_TP2 | {"ep_size": 2, "attn_cp_size": 2},
-    "all-to-all": tiny.DP2_TP2 | tiny.A2A | {"ep_size": 4, "moe_dense_tp_size": 1},
+    "two replicas": tiny_moe.DP2,
+    "two replicas of two parts": tiny_moe.DP2_TP2 | {"ep_size": 2, "attn_cp_size": 2},
+    "all-to-all": tiny_moe.DP2_TP2 | tiny_moe.A2A | {"ep_size": 4, "moe_dense_tp_size": 1},
 }
 
 
@@ -222,14 +221,14 @@ LAYOUTS = {
 )
 def test_replicas_and_parts_say_the_same_in_any_order(layout, num_steps):
     """A model with experts, in the interpreter: idle replicas, uneven ones, rows split in parts."""
-    config = EngineConfig(**tiny.SIZES | LAYOUTS[layout])
+    config = EngineConfig(**tiny_moe.SIZES | LAYOUTS[layout])
     num_replicas = config.layout.num_replicas
 
     @torch.inference_mode()
     def body(rank, groups):
-        mixed, eager = (Listening(tiny.new_runner(config, rank, groups)) for _ in range(2))
+        mixed, eager = (Listening(tiny_moe.tiny_runner(config, rank, groups)) for _ in range(2))
         crowds = [
-            Crowd(Random(11 + replica), tiny.VOCAB, [GREEDY], max_tokens=12, **tiny.DRIVER)
+            Crowd(Random(11 + replica), tiny_moe.VOCAB, [GREEDY], max_tokens=12, **tiny_moe.DRIVER)
             for replica in range(num_replicas)
         ]
         return interleave(

@@ -5,8 +5,6 @@ On a CPU the kernels run in Triton's interpreter and nothing is captured; `test_
 """
 
 import json
-import threading
-from pathlib import Path
 from random import Random
 
 import msgspec
@@ -20,15 +18,15 @@ from kernels.fp8 import NO_SCALES, Scales
 from kernels.paged_decode import cut_sequences
 from kernels.paged_prefill import cut_chunks
 from kernels.rope_rows import rope_rows_reference
-from parallel.groups import single_rank_groups
 from parallel.padding import chunks_in_bucket
 from parallel.thread_world import run_thread_world
 from tests.headers import header_of
-from tests.workers import test_gpu
+from tests.workers import checksum_runs, test_gpu, tiny_moe
+from tests.workers.checksum_runs import CountingModel, checksum_runner, launch, streams
 from tests.workers.gpu_steps import BODIES, NUM_PAGES, NUM_SLOTS, PAGE, TwoCaches
-from tests.workers.random_driver import RandomDriver, Request, planned_header
+from tests.workers.kernel_runner import kernel_runner
+from tests.workers.random_driver import RandomDriver, Request
 from tests.workers.reference import save_tiny
-from tests.workers.test_dp_graphs import MODEL, alone, tell
 from tests.workers.test_models import GROUPS, LATENT
 from tests.workers.test_runner import (
     ChecksumModel,
@@ -51,12 +49,8 @@ pytestmark = [
     pytest.mark.row("S13"),
 ]
 
-CPU = torch.device("cpu")
-DRIVER_PAGES = 14
-SIZES = {
-    "page_size": 4, "max_num_seqs": 4, "max_num_batched_tokens": 24, "max_model_len": 64,
-    "kv_cache_gb": 0.05, "device": "cpu",
-}  # fmt: skip
+PROMPT_GRAPHS = {"prefill_graph_max_tokens": 24}
+MOE = tiny_moe.SIZES | PROMPT_GRAPHS | {"max_num_seqs": 4}
 
 
 @pytest.fixture
@@ -67,41 +61,15 @@ def nan_where_nobody_wrote():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture
-def one_kernel_at_a_time(monkeypatch):
-    """Triton's interpreter keeps what it runs in globals; ranks are threads here."""
-    from triton.runtime.interpreter import GridExecutor
-
-    launch, lock = GridExecutor.__call__, threading.RLock()
-
-    def launch_alone(self, *args, **kwargs):
-        with lock:
-            return launch(self, *args, **kwargs)
-
-    monkeypatch.setattr(GridExecutor, "__call__", launch_alone)
+def new_runner(model=None, *, use_kernels=True, **changes) -> ModelRunner:
+    return checksum_runner(model, use_kernels=use_kernels, **PROMPT_GRAPHS | changes)
 
 
-@pytest.fixture(scope="module")
-def moe_folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("moe")
-    (folder / "config.json").write_text(json.dumps(MODEL))
-    return folder
-
-
-def new_runner(fake=None, rank=0, groups=None, *, use_kernels=True, **changes) -> ModelRunner:
-    config = EngineConfig(**SIZES | {"prefill_graph_max_tokens": 24} | changes)
-    parts = {} if fake is None else {"make_model": lambda *parts: fake}
-    runner = ModelRunner(
-        config, config.layout, rank, groups or single_rank_groups(), CPU,
-        lambda stage, done, total: None, use_kernels=use_kernels, **parts,
-    )  # fmt: skip
-    runner.allocate(min(DRIVER_PAGES, runner.max_pages))
-    return runner
-
-
-def launch(runner: ModelRunner, planned, number: int = 0):
-    told = planned_header([planned], number, runner.buckets, prompt_buckets=runner.prompt_buckets)
-    return told, runner.launch(told, planned.body, 0)
+def moe_runner(rank=0, groups=None, *, use_kernels=True, **changes) -> ModelRunner:
+    config = EngineConfig(**MOE | changes)
+    return kernel_runner(
+        config, rank, groups, num_pages=checksum_runs.NUM_PAGES, use_kernels=use_kernels
+    )
 
 
 # What is uploaded
@@ -228,61 +196,23 @@ def test_mixed_rows_read_what_plain_torch_reads(is_projection, scales):
 # Steps of a runner
 
 
-class WatchedModel(ChecksumModel):
-    """Remembers how many rows each forward pass had."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.num_rows: list[int] = []
-
-    def forward(self, batch):
-        self.num_rows.append(len(batch.input_ids_T))
-        return super().forward(batch)
-
-
-def streams(requests: list[Request], runner: ModelRunner, seed: int = 3) -> list[list[int]]:
-    driver = RandomDriver(
-        requests, Random(seed), max_num_seqs=4, num_pages=DRIVER_PAGES, page_size=4, budget=24,
-        chaos=0.3,
-    )  # fmt: skip
-    replayed = 0
-    for number in range(2000):
-        if driver.is_done:
-            assert replayed or not runner.prompt_buckets
-            return [request.output for request in requests]
-        planned = driver.plan()
-        told, pending = launch(runner, planned, number)
-        if planned.body.chunk_slots and runner.prompt_buckets:
-            assert told.bucket >= len(planned.positions), "a step that fits was not replayed"
-            replayed += 1
-        driver.feed(planned, runner.finish(pending).ids.tolist())
-    raise TimeoutError("the requests do not end")
-
-
 @pytest.mark.usefixtures("nan_where_nobody_wrote")
 def test_greedy_streams_are_those_worked_out_by_hand():
-    random = Random(1)
-    requests = [Request([random.randrange(97) for _ in range(n)], 5) for n in (1, 7, 9, 16)]
-    expected = []
-    for request in requests:
-        tokens = list(request.prompt)
-        while len(tokens) < len(request.prompt) + request.max_tokens:
-            tokens.append(next_token(tokens))
-        expected.append(tokens[len(request.prompt) :])
-    assert streams(requests, new_runner(ChecksumModel())) == expected
+    requests, expected = checksum_runs.greedy_requests(5)
+    assert streams(requests, new_runner()) == expected
 
 
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.usefixtures("nan_where_nobody_wrote")
 def test_sampled_streams_with_shared_pages_equal_those_of_plain_torch(seed):
     """Chunks in any number, prefixes that are shared, preemption: whatever the wire allows."""
-    plain = streams(some_requests(seed), new_runner(ChecksumModel(), use_kernels=False))
-    assert streams(some_requests(seed), new_runner(ChecksumModel())) == plain
+    plain = streams(some_requests(seed), new_runner(use_kernels=False))
+    assert streams(some_requests(seed), new_runner()) == plain
 
 
 def test_a_prompt_in_a_bucket_is_launched_while_decodes_are_under_way():
     """The step before is not read yet, and is replayed from another graph."""
-    model = WatchedModel()
+    model = CountingModel()
     runner = new_runner(model)
     greedy = Sampling(temperature=0.0)
     prompts = {0: [5, 6, 7], 1: [9, 8, 7, 6, 5]}
@@ -312,13 +242,13 @@ def prompt_header(num_rows: int, num_logit_rows: int, bucket: int = 16):
 
 
 def test_pads_write_to_no_page_of_anybody():
-    runner = new_runner(ChecksumModel())
+    runner = new_runner()
     before = [part.clone() for part in runner._steps.cache.parts]
     body = entering(2, [1, 2, 3], Sampling(temperature=0.0), [5, 6])
     runner.finish(runner.launch(prompt_header(3, 1), body, 0))
     for part, old in zip(runner._steps.cache.parts, before, strict=True):
         changed = (part != old).flatten(2).any(dim=-1)
-        assert set(changed.nonzero()[:, 1].tolist()) <= {5, DRIVER_PAGES}
+        assert set(changed.nonzero()[:, 1].tolist()) <= {5, checksum_runs.NUM_PAGES}
 
 
 def test_a_poisoned_chunk_is_found_and_its_pages_are_zeroed_for_the_next():
@@ -336,7 +266,7 @@ def test_a_poisoned_chunk_is_found_and_its_pages_are_zeroed_for_the_next():
 
 
 def test_every_bucket_is_run_at_its_own_size_before_ready():
-    model = WatchedModel()
+    model = CountingModel()
     runner = new_runner(model, max_num_batched_tokens=40, prefill_graph_max_tokens=4096)
     assert runner.prompt_buckets == (16, 32, 40)
     every = [*reversed(runner.prompt_buckets), *reversed(runner.buckets)]
@@ -350,11 +280,11 @@ def test_every_bucket_is_run_at_its_own_size_before_ready():
 
 
 def test_without_the_option_no_step_with_prompts_is_captured():
-    model = WatchedModel()
+    model = CountingModel()
     runner = new_runner(model, prefill_graph_max_tokens=0)
     assert runner.prompt_buckets == ()
     assert model.num_rows[-len(runner.buckets) :] == list(reversed(runner.buckets))
-    assert new_runner(ChecksumModel(), use_kernels=False).prompt_buckets == ()
+    assert new_runner(use_kernels=False).prompt_buckets == ()
     body = entering(0, [5], Sampling(temperature=0.0), [0])
     with pytest.raises(ProtocolError, match=r"with prompts of 16 rows .* such graphs of \(\)"):
         runner.launch(prompt_header(1, 1), body, 0)
@@ -362,7 +292,7 @@ def test_without_the_option_no_step_with_prompts_is_captured():
 
 def test_a_bucket_that_cannot_hold_the_step_is_refused():
     def refused(told, body, match):
-        runner = new_runner(ChecksumModel())
+        runner = new_runner()
         with pytest.raises(ProtocolError, match=match):
             runner.launch(told, body, 0)
 
@@ -405,15 +335,11 @@ def assert_near(mine, theirs) -> None:
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.usefixtures("nan_where_nobody_wrote")
 @torch.inference_mode()
-def test_experts_and_log_probabilities_are_those_of_steps_that_are_launched(seed, moe_folder):
+def test_experts_and_log_probabilities_are_those_of_steps_that_are_launched(seed):
     """Every step in both ways; pads reach no expert, though their rows are full of NaN."""
-    model = {"model": str(moe_folder), "load_format": "dummy"}
-    replayed, launched = new_runner(**model), new_runner(use_kernels=False, **model)
+    replayed, launched = moe_runner(), moe_runner(use_kernels=False)
     before = replayed._model.expert_loads()[1]
-    driver = RandomDriver(
-        moe_requests(0), Random(seed), max_num_seqs=4, num_pages=DRIVER_PAGES, page_size=4,
-        budget=24, chaos=0.3,
-    )  # fmt: skip
+    driver = RandomDriver(moe_requests(0), Random(seed), chaos=0.3, **checksum_runs.DRIVER)
     num_rows = num_told = 0
     while not driver.is_done:
         planned = driver.plan()
@@ -450,34 +376,19 @@ LAYOUTS = [
 @pytest.mark.row("S11")
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["tp2", "dp2", "a2a"])
 @pytest.mark.usefixtures("one_kernel_at_a_time")
-def test_ranks_in_buckets_say_what_each_request_says_alone(layout, moe_folder):
+def test_ranks_in_buckets_say_what_each_request_says_alone(layout):
     """Idle replicas run the others' bucket; what ranks recorded at capture is what they call."""
-    chosen = {"model": str(moe_folder), "load_format": "dummy"} | layout
-    config = EngineConfig(**SIZES | chosen)
+    config = EngineConfig(**MOE | layout)
     num_replicas = config.layout.num_replicas
-    expected = [alone(plain_requests(replica)) for replica in range(num_replicas)]
+    expected = [tiny_moe.alone(plain_requests(replica)) for replica in range(num_replicas)]
 
     @torch.inference_mode()
     def body(rank, groups):
-        runner = new_runner(None, rank, groups, **chosen)
+        runner = moe_runner(rank, groups, **layout)
         before = runner._model.expert_loads()[1].clone()
-        replica, headers = groups.attn_dp.rank, []
-        requests = [plain_requests(number) for number in range(num_replicas)]
-        drivers = [
-            RandomDriver(list(mine), Random(7 + number), max_num_seqs=3, num_pages=DRIVER_PAGES,
-                         page_size=4, budget=24, chaos=0.1)
-            for number, mine in enumerate(requests)
-        ]  # fmt: skip
-        while not all(driver.is_done for driver in drivers):
-            plans = [driver.plan() for driver in drivers]
-            told = planned_header(
-                plans, len(headers), runner.buckets, runner._row_multiple, runner.prompt_buckets
-            )
-            headers.append(told)
-            result = runner.finish(runner.launch(told, plans[replica].body, replica))
-            ids = tell(groups, told, replica, result.ids)
-            for driver, plan, tokens in zip(drivers, plans, ids, strict=True):
-                driver.feed(plan, tokens)
+        requests = [plain_requests(replica) for replica in range(num_replicas)]
+        of_driver = checksum_runs.DRIVER | {"max_num_seqs": 3}
+        steps = tiny_moe.drive(runner, groups, requests, chaos=0.1, **of_driver)
         load = int((runner._model.expert_loads()[1] - before).sum())
         graphs, found = runner._steps._prompt_graphs, []
         for bucket in runner.prompt_buckets:
@@ -485,7 +396,7 @@ def test_ranks_in_buckets_say_what_each_request_says_alone(layout, moe_folder):
             graphs.launch(runner._steps._state.apply(Body()), bucket, [0] * num_replicas)
             found.append(groups.ledger.cut() == graphs._graphs[bucket].recording.calls != ())
         outputs = [[request.output for request in mine] for mine in requests]
-        return outputs, headers, load, found, runner.captured
+        return outputs, [step.header for step in steps], load, found, runner.captured
 
     results = run_thread_world(config.layout, body, time_limit_s=240.0)
     headers = results[0][1]
@@ -558,10 +469,6 @@ def test_the_benchmark_runs_each_case_in_both_ways(capsys):
 
 def test_a_model_of_latents_has_none_and_says_so(tmp_path, capfd):
     save_tiny(tmp_path, "DeepseekV3", **LATENT, **GROUPS)
-    config = EngineConfig(**SIZES | {"model": str(tmp_path), "prefill_graph_max_tokens": 24})
-    runner = ModelRunner(
-        config, config.layout, 0, single_rank_groups(), CPU, lambda stage, done, total: None,
-        use_kernels=True,
-    )  # fmt: skip
+    runner = moe_runner(model=str(tmp_path))
     assert runner.prompt_buckets == ()
     assert "no graphs, this model's attention reads latents" in capfd.readouterr().out
