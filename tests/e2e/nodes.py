@@ -79,6 +79,7 @@ def network(num):
                 ("link", "set", "eth0", "up"),
                 ("link", "set", "lo", "up"),
                 ("route", "add", "default", "via", str(net[1])),
+                *(("route", "add", "unreachable", server) for server in nameservers()),
             ):
                 ip("-n", name, *words)
             hosts.append(host)
@@ -96,6 +97,15 @@ def free_net():
         )
         if not any(net.overlaps(one) for one in taken):
             return net
+
+
+def nameservers():
+    """Addresses of this machine's, which a namespace does not reach: a question that nobody answers
+    is given up after ten seconds, one that cannot be sent at once."""
+    lines = Path("/etc/resolv.conf").read_text().splitlines()
+    words = [line.split() for line in lines if line.startswith("nameserver ")]
+    found = [ipaddress.ip_address(word[1]) for word in words if "%" not in word[1]]
+    return [str(one) for one in found if one.version == 4 and not one.is_loopback]
 
 
 class Host:
