@@ -1,19 +1,26 @@
 """Causal attention of chunks of prompts over keys and values in pages: flash attention.
 
-A program takes up to `BLOCK_ROWS` rows of one chunk and one head, and walks over the sequence's
-tokens up to its last row. The rows of a step are cut into such blocks on the host (`cut_chunks`),
-once for all layers; the keys of the chunk itself are in the cache already.
+A program takes some tokens of one chunk for all the heads that share keys, and walks over the
+sequence's tokens up to its last one: the rows of its products are those tokens' queries, token by
+token. So a short chunk fills a program's rows with heads, and what lies on the diagonal, half of
+which is for nothing, is small. The rows of a step are cut into blocks on the host (`cut_chunks`),
+once for all layers, and a block into programs here; the keys of the chunk itself are in the cache
+already.
 
 When to use: on a GPU, for chunks of any length at any start, several in a launch.
 
     two chunks, of 130 rows from token 0 of slot 3 and 5 rows from token 64 of slot 1, behind 2
     decodes: blocks (row, count, token, slot) = (2, 128, 0, 3), (130, 2, 128, 3), (132, 5, 64, 1)
 
+    4 heads share keys, programs have 128 rows: 32 tokens each, 4 programs a block, of which the
+    second block needs 1 and the third 1; the others end at once, as those of blocks of no rows do
+
 Shapes: T rows, H heads, G kv heads, D head dim, X tokens of the cache, S slots, N pages of a slot,
 C chunks, M blocks of rows.
 """
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,8 +33,26 @@ from kernels.fp8 import NO_SCALES, Scales, refuse_other_scales
 from kernels.launch import refuse_unless
 
 BLOCK_ROWS = 128
-BLOCK_TOKENS = 64
 LOG2_E = 1.4426950408889634
+
+
+class PrefillTiles(NamedTuple):
+    """Rows of a program, tokens that it reads at once, and how it is run.
+
+    With 3 or 4 stages the keys and values of the next tokens are read while these are attended to,
+    with 5 those after them too: stages come in twos, because a page's number is read before it.
+    """
+
+    rows: int
+    tokens: int
+    num_stages: int
+    num_warps: int
+    max_registers: int | None = None
+    """Of a thread. 128 let two programs of 8 warps share a multiprocessor."""
+
+
+DEFAULT_TILES = PrefillTiles(128, 64, 3, 4)
+"""For a Hopper GPU: two programs share a multiprocessor, as registers and shared memory allow."""
 
 
 def cut_chunks(
@@ -64,37 +89,44 @@ def _attend_block(
     values_ptr,
     positions,
     dims,
+    in_head,
     scale_log2,
     window,
-    token_stride,
-    head_offset,
-    head_dim,
+    TOKEN_STRIDE: tl.constexpr,
     MASKED: tl.constexpr,
     PAGE: tl.constexpr,
     BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One block of tokens; without `MASKED` every row sees all of it."""
-    tokens = at + tl.arange(0, BLOCK)
-    exists = tokens < end
-    in_head = dims < head_dim
-    if MASKED:
-        pages = tl.load(table + tokens // PAGE, mask=exists, other=0).to(tl.int64)
-        inside = exists[:, None] & in_head[None, :]
+    """Tokens `at` to `at + BLOCK`; without `MASKED` every row sees all of them."""
+    order = tl.arange(0, BLOCK)
+    if BLOCK % PAGE == 0:  # what does not depend on `at` is worked out once
+        pages_ptr, in_page = table + at // PAGE + order // PAGE, order % PAGE
     else:
-        pages = tl.load(table + tokens // PAGE).to(tl.int64)
-        inside = in_head[None, :]
-    offsets = ((pages * PAGE + tokens % PAGE) * token_stride + head_offset)[:, None] + dims[None, :]
-    keys = tl.load(keys_ptr + offsets, mask=inside, other=0.0).to(q.dtype)
-    scores = tl.dot(q, tl.trans(keys), input_precision=PRECISION) * scale_log2
+        pages_ptr, in_page = table + (at + order) // PAGE, (at + order) % PAGE
     if MASKED:
-        seen = tokens[None, :] <= positions[:, None]
-        if window > 0:
-            seen = seen & (tokens[None, :] > positions[:, None] - window)
+        exists = at + order < end
+        pages = tl.load(pages_ptr, mask=exists, other=0)
+        inside = exists[:, None] & in_head
+    else:
+        pages = tl.load(pages_ptr)
+        inside = in_head
+    if WIDE:
+        pages = pages.to(tl.int64)
+    offsets_in_page = (in_page * TOKEN_STRIDE)[:, None] + dims[None, :]
+    offsets = (pages * (PAGE * TOKEN_STRIDE))[:, None] + offsets_in_page
+    keys = tl.load(keys_ptr + offsets, mask=inside, other=0.0).to(q.dtype)
+    scores = tl.dot(q, tl.trans(keys), input_precision=PRECISION)
+    if MASKED:
+        last = positions - at
+        seen = order[None, :] <= last[:, None]
+        if window is not None:
+            seen = seen & (order[None, :] > last[:, None] - window)
         scores = tl.where(seen, scores, float("-inf"))
     # NOTE: a row may see nothing in a block; its highest stays finite, so no NaN arises.
-    new_highest = tl.maximum(highest, tl.max(scores, axis=1))
-    weights = tl.exp2(scores - new_highest[:, None])
+    new_highest = tl.maximum(highest, tl.max(scores, axis=1) * scale_log2)
+    weights = tl.exp2(scores * scale_log2 - new_highest[:, None])
     shrink = tl.exp2(highest - new_highest)
     values = tl.load(values_ptr + offsets, mask=inside, other=0.0).to(q.dtype)
     total = total * shrink + tl.sum(weights, axis=1)
@@ -115,39 +147,43 @@ def _prefill_kernel(
     value_scale,
     window,
     table_stride,
-    num_heads,
-    num_kv_heads,
-    head_dim,
+    KV_HEADS: tl.constexpr,
+    SHARING: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
     PAGE: tl.constexpr,
     DIM: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
+    WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
-    SKIP: tl.constexpr,
 ):
-    block = tl.num_programs(1) - 1 - tl.program_id(1)  # a chunk's last rows take longest
-    head = tl.program_id(0)
-    first_row = tl.load(block_ptr + block * 4)
-    num_rows = tl.load(block_ptr + block * 4 + 1).to(tl.int32)
-    if SKIP:  # noqa: SIM102 - without it, the program has no such branch at all
-        if num_rows == 0:
-            return
-    first_token = tl.load(block_ptr + block * 4 + 2).to(tl.int32)
-    slot = tl.load(block_ptr + block * 4 + 3)
-    head_offset = head // (num_heads // num_kv_heads) * head_dim
+    kv_head = tl.program_id(0)
+    TOKENS: tl.constexpr = ROWS // SHARING
+    # What comes last in a chunk takes longest, so it begins first.
+    skipped = (tl.num_programs(1) - 1 - tl.program_id(1)) * TOKENS
+    block_ptr += (tl.num_programs(2) - 1 - tl.program_id(2)) * 4
+    num_tokens = tl.minimum(tl.load(block_ptr + 1).to(tl.int32) - skipped, TOKENS)
+    if num_tokens <= 0:
+        return
+    first_row = tl.load(block_ptr) + skipped
+    first_token = tl.load(block_ptr + 2).to(tl.int32) + skipped
+    table = table_ptr + tl.load(block_ptr + 3) * table_stride
     rows = tl.arange(0, ROWS)
     dims = tl.arange(0, DIM)
-    inside_q = (rows < num_rows)[:, None] & (dims < head_dim)[None, :]
-    q_offsets = ((first_row + rows) * num_heads + head)[:, None] * head_dim + dims[None, :]
-    q = tl.load(q_ptr + q_offsets, mask=inside_q, other=0.0)
-    positions = first_token + rows
-    table = table_ptr + slot * table_stride
-    token_stride = num_kv_heads * head_dim
-    end = first_token + num_rows
+    in_head = (dims < HEAD_DIM)[None, :] if HEAD_DIM < DIM else tl.full((1, DIM), True, tl.int1)
+    heads = rows // SHARING * (KV_HEADS * SHARING) + rows % SHARING
+    q_offsets = (heads * HEAD_DIM)[:, None] + dims[None, :]
+    first_q = (first_row * KV_HEADS + kv_head) * (SHARING * HEAD_DIM)
+    inside_q = (rows < num_tokens * SHARING)[:, None] & in_head
+    q = tl.load(q_ptr + first_q + q_offsets, mask=inside_q, other=0.0)
+    positions = first_token + rows // SHARING
+    keys_ptr += kv_head * HEAD_DIM
+    values_ptr += kv_head * HEAD_DIM
+    end = first_token + num_tokens
     start = 0
     masked_from = (first_token + 1) // BLOCK * BLOCK
-    if window > 0:
+    if window is not None:
         start = tl.maximum(first_token + 1 - window, 0) // BLOCK * BLOCK
         masked_from = start
     highest = tl.full((ROWS,), -1.0e30, tl.float32)
@@ -155,20 +191,20 @@ def _prefill_kernel(
     out = tl.zeros((ROWS, DIM), tl.float32)
     for at in tl.range(start, masked_from, BLOCK, num_stages=STAGES):
         out, total, highest = _attend_block(
-            at, end, q, out, total, highest, table, keys_ptr, values_ptr, positions, dims,
-            scale_log2, window, token_stride, head_offset, head_dim,
-            MASKED=False, PAGE=PAGE, BLOCK=BLOCK, PRECISION=PRECISION,
+            at, end, q, out, total, highest, table, keys_ptr, values_ptr, positions, dims, in_head,
+            scale_log2, window, TOKEN_STRIDE=KV_HEADS * HEAD_DIM,
+            MASKED=False, PAGE=PAGE, BLOCK=BLOCK, WIDE=WIDE, PRECISION=PRECISION,
         )  # fmt: skip
     for at in tl.range(masked_from, end, BLOCK, num_stages=STAGES):
         out, total, highest = _attend_block(
-            at, end, q, out, total, highest, table, keys_ptr, values_ptr, positions, dims,
-            scale_log2, window, token_stride, head_offset, head_dim,
-            MASKED=True, PAGE=PAGE, BLOCK=BLOCK, PRECISION=PRECISION,
+            at, end, q, out, total, highest, table, keys_ptr, values_ptr, positions, dims, in_head,
+            scale_log2, window, TOKEN_STRIDE=KV_HEADS * HEAD_DIM,
+            MASKED=True, PAGE=PAGE, BLOCK=BLOCK, WIDE=WIDE, PRECISION=PRECISION,
         )  # fmt: skip
-    out = out / tl.where(total == 0.0, 1.0, total)[:, None]
+    factor = 1.0 / tl.where(total == 0.0, 1.0, total)
     if value_scale is not None:
-        out *= value_scale
-    tl.store(out_ptr + q_offsets, out, mask=inside_q)
+        factor *= value_scale
+    tl.store(out_ptr + first_q + q_offsets, out * factor[:, None], mask=inside_q)
 
 
 def paged_prefill(
@@ -183,13 +219,11 @@ def paged_prefill(
     scale: float,
     sliding_window: int | None,
     scales: Scales = NO_SCALES,
-    has_empty: bool = False,
-    num_stages: int = 3,
-    num_warps: int = 4,
+    tiles: PrefillTiles = DEFAULT_TILES,
 ) -> None:
     """Fill the rows of `out_THD` that `blocks_M4` names; the others are left alone.
 
-    With `has_empty` many blocks may have no rows: their programs end at once.
+    A block has up to `BLOCK_ROWS` rows and may have none. ValueError: see the sentences below.
     """
     _, num_heads, head_dim = q_THD.shape
     num_kv_heads = keys_XGD.shape[1]
@@ -204,9 +238,16 @@ def paged_prefill(
     tensors = (q_THD, keys_XGD, values_XGD, table_SN, blocks_M4, out_THD)
     refuse_unless(all(each.is_contiguous() for each in tensors), "all tensors must be contiguous")
     refuse_other_scales(keys_XGD, scales)
+    sharing = num_heads // num_kv_heads
+    refuse_unless(
+        sharing <= tiles.rows,
+        lambda: f"{sharing} heads share keys, but a program has {tiles.rows} rows: take more",
+    )
+    refuse_unless(scale > 0, lambda: f"scores are multiplied by {scale}, which must be positive")
     if len(blocks_M4) == 0:
         return
-    _prefill_kernel[(num_heads, len(blocks_M4))](
+    num_programs = triton.cdiv(BLOCK_ROWS, tiles.rows // sharing)
+    _prefill_kernel[(num_kv_heads, num_programs, len(blocks_M4))](
         q_THD,
         keys_XGD,
         values_XGD,
@@ -215,17 +256,18 @@ def paged_prefill(
         out_THD,
         (scale if scales.key is None else scale * scales.key) * LOG2_E,
         scales.value,
-        0 if sliding_window is None else sliding_window,
+        sliding_window,
         table_SN.shape[1],
-        num_heads,
-        num_kv_heads,
-        head_dim,
+        KV_HEADS=num_kv_heads,
+        SHARING=sharing,
+        HEAD_DIM=head_dim,
         PAGE=page_size,
         DIM=max(16, triton.next_power_of_2(head_dim)),
-        ROWS=BLOCK_ROWS,
-        BLOCK=BLOCK_TOKENS,
-        STAGES=num_stages,
+        ROWS=tiles.rows,
+        BLOCK=tiles.tokens,
+        STAGES=tiles.num_stages,
+        WIDE=keys_XGD.numel() >= 2**31,
         PRECISION="ieee" if q_THD.dtype == torch.float32 else "tf32",
-        SKIP=has_empty,
-        num_warps=num_warps,
+        num_warps=tiles.num_warps,
+        maxnreg=tiles.max_registers,
     )

@@ -509,6 +509,20 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation(
         "S13",
+        "heads that share keys are taken for tokens that follow each other",
+        "kernels/paged_prefill.py",
+        "    positions = first_token + rows // SHARING\n",
+        "    positions = first_token + rows\n",
+    ),
+    Mutation(
+        "S13",
+        "a block of rows has no program for its last ones",
+        "kernels/paged_prefill.py",
+        "    num_programs = triton.cdiv(BLOCK_ROWS, tiles.rows // sharing)\n",
+        "    num_programs = BLOCK_ROWS // (tiles.rows // sharing)\n",
+    ),
+    Mutation(
+        "S13",
         "rows that are no decodes are cut as if they read a token",
         "kernels/paged_decode.py",
         "        reads = here & (blocks > 0)\n",

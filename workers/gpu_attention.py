@@ -50,8 +50,6 @@ class GpuAttention(ProjectionAttention):
         self._places_T = torch.empty(0, dtype=torch.int64, device=device)
         self._decodes: _Decodes | None = None
         self._blocks_M4: Tensor | None = None
-        self._has_empty = False
-        """Whether blocks may have no rows."""
 
     def prepare(
         self, rows: StepRows, positions_T: Tensor, places_T: Tensor, upload: Upload
@@ -59,7 +57,6 @@ class GpuAttention(ProjectionAttention):
         """Take a step's rows; the tensors are `rows`' own, on the device."""
         self._places_T = places_T
         self._decodes = self._blocks_M4 = None
-        self._has_empty = False
         count = len(rows.decode_slots_B)
         if count:
             self._decodes = _Decodes(upload(rows.decode_slots_B), positions_T[:count], {})
@@ -81,7 +78,7 @@ class GpuAttention(ProjectionAttention):
         """
         self._places_T = places_T
         self._decodes = _Decodes(slots_B, positions_B, {})
-        self._blocks_M4, self._has_empty = blocks_M4, True
+        self._blocks_M4 = blocks_M4
 
     def attend(
         self,
@@ -158,7 +155,6 @@ class GpuAttention(ProjectionAttention):
                 scale=scale,
                 sliding_window=window,
                 scales=self._cache.scales(layer),
-                has_empty=self._has_empty,
             )
         return out_THD
 
