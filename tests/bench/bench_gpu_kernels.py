@@ -14,10 +14,11 @@ from collections.abc import Callable
 
 import torch
 from torch.nn import functional
+from torch.nn.attention.bias import causal_lower_right
 
-from kernels.fp8 import Scales, to_e4m3
+from kernels.fp8 import NO_SCALES, Scales, to_e4m3
 from kernels.paged_decode import cut_sequences, num_shares_of, paged_decode
-from kernels.paged_prefill import cut_chunks, paged_prefill
+from kernels.paged_prefill import DEFAULT_TILES, PrefillTiles, cut_chunks, paged_prefill
 from kernels.rms_norm import add_rms_norm
 from kernels.silu_multiply import silu_multiply
 from kernels.skinny_linear import skinny_linear
@@ -107,39 +108,94 @@ def show_decode(rate: float) -> None:
     print(flush=True)
 
 
+PREFILL_SHAPES = ((8, 1024, 0), (1, 8192, 0), (64, 128, 0), (1, 2048, 30000))
+"""Chunks, rows of each, tokens before them."""
+PREFILL_TILES = (
+    DEFAULT_TILES,
+    PrefillTiles(128, 64, 3, 8, 128),
+    PrefillTiles(128, 64, 3, 8),
+    PrefillTiles(128, 64, 5, 8),
+    PrefillTiles(128, 128, 3, 8),
+    PrefillTiles(128, 128, 5, 8),
+    PrefillTiles(128, 32, 3, 8, 128),
+    PrefillTiles(128, 32, 5, 8, 128),
+    PrefillTiles(128, 32, 5, 4),
+    PrefillTiles(64, 32, 5, 4, 128),
+    PrefillTiles(256, 64, 3, 8),
+)
+
+
+class Prefill:
+    """Equal chunks of 32 heads that share 8 heads of keys, and what attention over them costs."""
+
+    def __init__(self, num_chunks: int, length: int, before: int) -> None:
+        self.length, self.before = length, before
+        self.chunks = [(i * length, length, before, i) for i in range(num_chunks)]
+        # A multiple of 256 tokens, so that one compilation serves all shapes.
+        tokens = -(-(before + length) // 256) * 256
+        self.table, [self.cache], _, _, _ = decode_inputs(num_chunks, tokens, 32, 8, 1)
+        self.q = torch.randn(num_chunks * length, 32, 128, dtype=BF16, device=DEVICE)
+        self.out = torch.empty_like(self.q)
+        self.blocks = torch.from_numpy(cut_chunks(self.chunks)).to(DEVICE)
+        self.flops = 4 * num_chunks * length * (before + length / 2) * 32 * 128
+
+    def __str__(self) -> str:
+        behind = f" behind {self.before}" if self.before else ""
+        return f"{len(self.chunks)} x {self.length}{behind}"
+
+    def run(
+        self, keys: torch.Tensor, values: torch.Tensor, tiles: PrefillTiles, scales: Scales
+    ) -> None:
+        paged_prefill(
+            self.q, keys, values, self.table, self.blocks, self.out, page_size=16, scale=0.1,
+            sliding_window=None, scales=scales, tiles=tiles,
+        )  # fmt: skip
+
+    def cell(self, took: float) -> str:
+        return f"{took:8.1f} us {self.flops / took / 1e6:4.0f}"
+
+    def error(self) -> float:
+        """Of some rows of `out`, against float32: the distance over what they should be."""
+        found, expected = [], []
+        for row, count, before, slot in (self.chunks[0], self.chunks[-1]):
+            at = torch.linspace(0, count - 1, 16, device=DEVICE).long()
+            pages = self.cache.view(2, -1, 16, 8, 128)[:, self.table[slot].long()]
+            keys, values = pages.flatten(1, 2)[:, : before + count].float()
+            q = self.q[row + at].float().view(-1, 8, 4, 128)
+            scores = torch.einsum("rgsd,xgd->rgsx", q, keys) * 0.1
+            unseen = torch.arange(len(keys), device=DEVICE) > (before + at)[:, None]
+            weights = scores.masked_fill(unseen[:, None, None], -torch.inf).softmax(-1)
+            expected.append(torch.einsum("rgsx,xgd->rgsd", weights, values).reshape(-1, 32, 128))
+            found.append(self.out[row + at].float())
+        distance = torch.cat(found) - torch.cat(expected)
+        return float(distance.norm() / torch.cat(expected).norm())
+
+    def torch_micros(self) -> float:
+        """Of torch's flash attention, over keys that do not lie in pages."""
+        q = self.q.view(-1, self.length, 32, 128).transpose(1, 2)
+        shape = (2, len(self.chunks), 8, self.before + self.length, 128)
+        k, v = torch.randn(shape, dtype=BF16, device=DEVICE)
+        if not self.before:
+            attend = functional.scaled_dot_product_attention
+            return micros(lambda i: attend(q, k, v, is_causal=True, enable_gqa=True), 3)
+        k, v = (each.repeat_interleave(4, 1) for each in (k, v))
+        mask = causal_lower_right(self.length, self.before + self.length)
+        return micros(lambda i: functional.scaled_dot_product_attention(q, k, v, mask), 3)
+
+
 def show_prefill() -> None:
-    print("prefill attention: us, TFLOP/s by (stages, warps); torch's flash beside it")
-    for num_seqs, length in ((8, 1024), (1, 8192)):
-        table, caches, _, _, _ = decode_inputs(num_seqs, length, 32, 8, 1)
-        q = torch.randn(num_seqs * length, 32, 128, dtype=BF16, device=DEVICE)
-        out = torch.empty_like(q)
-        chunks = [(i * length, length, 0, i) for i in range(num_seqs)]
-        blocks = torch.from_numpy(cut_chunks(chunks)).to(DEVICE)
-        flops = 4 * num_seqs * length**2 / 2 * 32 * 128
-        for stages, warps in itertools.product((2, 3), (4, 8)):
-            took = micros(
-                lambda i: paged_prefill(
-                    q, caches[0][0], caches[0][1], table, blocks, out, page_size=16,
-                    scale=0.1, sliding_window=None, num_stages=stages, num_warps=warps,
-                ),
-                3,
-            )  # fmt: skip
-            print(
-                f"  {num_seqs} x {length}: {took:8.1f} {flops / took / 1e6:6.0f}  {stages} {warps}"
-            )
-        q4 = q.view(num_seqs, length, 32, 128).transpose(1, 2)
-        kv = torch.randn(2, num_seqs, 8, length, 128, dtype=BF16, device=DEVICE)
-        took = micros(
-            lambda i: functional.scaled_dot_product_attention(
-                q4,
-                kv[0],
-                kv[1],
-                is_causal=True,
-                enable_gqa=True,
-            ),
-            3,
-        )
-        print(f"  {num_seqs} x {length}: {took:8.1f} {flops / took / 1e6:6.0f}  torch", flush=True)
+    print("prefill attention: us, TFLOP/s, error by (rows, tokens, stages, warps, registers)")
+    for shape in PREFILL_SHAPES:
+        prefill = Prefill(*shape)
+        print(f"  {prefill}")
+        for tiles in PREFILL_TILES:
+            prefill.out.zero_()
+            took = micros(lambda i: prefill.run(*prefill.cache, tiles, NO_SCALES), 3)
+            error = prefill.error()
+            if not error < 0.01:
+                raise ValueError(f"{tuple(tiles)} are off by {error}: what is attended is wrong")
+            print(f"    {prefill.cell(took)} {error:.4f}  {tuple(tiles)}", flush=True)
+        print(f"    {prefill.cell(prefill.torch_micros())} torch", flush=True)
 
 
 def show_e4m3(rate: float) -> None:
@@ -174,27 +230,16 @@ def show_e4m3(rate: float) -> None:
         took = micros(lambda i: paged_decode(q, *caches[i], *shared, **options), copies)
         cells.append(f"bf16 {took:7.1f} ({2 * size / took / rate:.2f})")
         print(f"  {num_seqs} x {length}, {heads}/8 heads: {'; '.join(cells)}", flush=True)
-    for num_seqs, length in ((8, 1024), (1, 8192)):
-        table, caches, _, _, _ = decode_inputs(num_seqs, length, 32, 8, 1)
-        stored = [to_e4m3(part, 1.0) for part in caches[0]]
-        q = torch.randn(num_seqs * length, 32, 128, dtype=BF16, device=DEVICE)
-        out = torch.empty_like(q)
-        chunks = [(i * length, length, 0, i) for i in range(num_seqs)]
-        shared = (table, torch.from_numpy(cut_chunks(chunks)).to(DEVICE), out)
-        flops = 4 * num_seqs * length**2 / 2 * 32 * 128
+    for shape in PREFILL_SHAPES[:2]:
+        prefill = Prefill(*shape)
+        stored = [to_e4m3(part, 1.0) for part in prefill.cache]
         cells = []
-        for stages, warps in itertools.product((2, 3), (4, 8)):
-            took = micros(
-                lambda i: paged_prefill(
-                    q, *stored, *shared, **options, scales=scales, num_stages=stages,
-                    num_warps=warps,
-                ),
-                3,
-            )  # fmt: skip
-            cells.append(f"{took:8.1f} {flops / took / 1e6:6.0f}  {stages} {warps}")
-        took = micros(lambda i: paged_prefill(q, *caches[0], *shared, **options), 3)
-        cells.append(f"bf16 {took:8.1f} {flops / took / 1e6:6.0f}")
-        print(f"  prefill {num_seqs} x {length}: {'; '.join(cells)}", flush=True)
+        for tiles in PREFILL_TILES[:5]:
+            took = micros(lambda i: prefill.run(*stored, tiles, scales), 3)
+            cells.append(f"{prefill.cell(took)} {tuple(tiles)}")
+        took = micros(lambda i: prefill.run(*prefill.cache, DEFAULT_TILES, NO_SCALES), 3)
+        cells.append(f"bf16 {prefill.cell(took)}")
+        print(f"  prefill {prefill}: {'; '.join(cells)}", flush=True)
 
 
 def show_rows(rate: float) -> None:
