@@ -4,7 +4,13 @@ import pytest
 import torch
 
 from kernels.paged_attention import paged_attention_reference
-from kernels.paged_decode import Cut, cut_sequences, num_shares_of, paged_decode
+from kernels.paged_decode import (
+    LENGTH_RANKS,
+    Cut,
+    cut_sequences,
+    num_shares_of,
+    paged_decode,
+)
 from kernels.paged_prefill import cut_chunks, paged_prefill
 
 pytestmark = pytest.mark.row("S13")
@@ -79,12 +85,15 @@ def test_no_part_is_longer_than_a_fair_share_and_no_block_is_left_out(
     cut = cut_sequences(positions.to(device), num_shares, sliding_window=window)
     lengths, items = cut.lengths_B.tolist(), cut.items_I3.tolist()
     expected = []
+    edges = [-(-fair * rank // LENGTH_RANKS) for rank in range(LENGTH_RANKS)]
     for seq, (count, length) in enumerate(zip(blocks, lengths, strict=True)):
         num_parts = -(-count // length)
         assert num_parts == -(-count // fair)  # no more parts than needed, of equal lengths
         assert length <= fair
-        expected += [[seq, part, num_parts] for part in range(num_parts)]
-    assert items[: len(expected)] == expected
+        rank = sum(length > edge for edge in edges)
+        expected += [(-rank, seq, part, num_parts) for part in range(num_parts)]
+    expected.sort()  # the longest first, and one sequence's parts side by side
+    assert items[: len(expected)] == [list(item) for _, *item in expected]
     assert not any(num_parts for _, _, num_parts in items[len(expected) :])
 
 
