@@ -19,7 +19,7 @@ def check_offered(file: ConfigFile, path: Path) -> None:
         raise BadModelConfig(f"{path} asks for hidden_act={file.hidden_act} and there is silu")
     kinds = set(file.layer_types or ()) - {"full_attention", "sliding_attention"}
     if file.index_topk is not None:
-        kinds -= {"indexed_attention"}
+        kinds -= {"indexed_attention", "deepseek_sparse_attention"}  # by transformers' version
     if kinds:
         raise BadModelConfig(
             f"{path} has layers of type {', '.join(sorted(kinds))} and there is full_attention "

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from deployments.presets import write_preset
 from workers.errors import BadModelConfig, BadSplit, UnknownArchitecture
 from workers.model_config import ModelConfig
 from workers.model_split import check_split
@@ -115,6 +116,17 @@ def test_windows_follow_layer_types_where_there_are_any(tmp_path):
     kinds = ["sliding_attention", "full_attention"] * 2
     config = read(tmp_path, QWEN2 | {"layer_types": kinds})
     assert config.layer_windows(16, first_layer=2) == (16, None, 16, None)
+
+
+@pytest.mark.parametrize("kind", ["indexed_attention", "deepseek_sparse_attention"])
+def test_an_indexers_layers_are_named_by_what_saved_them(kind, tmp_path):
+    fields = json.loads((write_preset("v32-mini", tmp_path) / "config.json").read_text())
+    kinds = {"layer_types": [kind] * fields["num_hidden_layers"]}
+    latent = read(tmp_path, fields | kinds).latent
+    assert latent is not None
+    assert latent.index is not None
+    with pytest.raises(BadModelConfig, match=f"has layers of type {kind}"):
+        read(tmp_path, LLAMA | {"layer_types": [kind] * 4})
 
 
 def test_sparse_layers_are_those_of_the_step_without_the_dense_ones(tmp_path):
