@@ -41,6 +41,7 @@ from typing import Any, NamedTuple
 from deployments.domain import Domain, Step
 from deployments.llm import LLM, Answer, SamplingParams
 from deployments.presets import PRESETS
+from deployments.scheduler import Plan
 from workers.worker import StepChain
 
 TIE, MEAN_APART = 0.3, 0.05
@@ -98,9 +99,9 @@ class Headers:
         self.pad_us: list[float] = []
         step, pad = Domain.next_step, Domain._pad
 
-        def timed_pad(domain: Domain, num_rows: tuple[int, ...], mode: int):
+        def timed_pad(domain: Domain, plans: list[Plan], num_rows: tuple[int, ...], mode: int):
             began = time.perf_counter()
-            made = pad(domain, num_rows, mode)
+            made = pad(domain, plans, num_rows, mode)
             self.pad_us.append((time.perf_counter() - began) * 1e6)
             return made
 

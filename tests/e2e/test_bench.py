@@ -5,7 +5,7 @@ import json
 import pytest
 
 from deployments.cli import main
-from tests.bench import bench_context
+from tests.bench import bench_context, bench_parallel
 from tests.e2e.conftest import deployed
 
 
@@ -57,3 +57,11 @@ def test_bench_context_measures_a_replica_in_parts(capfd):
     assert (told["tp_size"], told["attn_cp_size"], told["prompt"]) == (2, 2, 100)
     assert told["prefill_s"] > 0
     assert told["tpot_ms"] > 0
+
+
+def test_bench_parallel_counts_what_a_layout_did(capfd):
+    assert bench_parallel.main(["one", "--sanity"]) == 0
+    [told] = map(json.loads, capfd.readouterr().out.splitlines())
+    assert told["good"]
+    assert (told["fallbacks"], told["recoveries"]) == (0, 0)
+    assert told["sync_us"]["driver"] > 0
