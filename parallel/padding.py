@@ -22,8 +22,8 @@ chosen before anything else: every replica is padded to it, idle ones too.
 So may be steps with a few rows of prompts (`prefill_graph_max_tokens`), from graphs of their own. A
 larger bucket holds more chunks of prompts, too.
 
-    >>> prompt_buckets_up_to(200), prompt_buckets_up_to(640)
-    ((16, 32, 64, 128, 200), (16, 32, 64, 128, 256, 384, 512, 640))
+    >>> prompt_buckets_up_to(200), prompt_buckets_up_to(400)
+    ((16, 32, 64, 96, 128, 160, 192, 200), (16, 32, 64, 96, 128, 160, 192, 224, 256, 320, 384, 400))
     >>> choose_prompt_bucket((40, 3), (4, 0), (16, 32, 64, 128))
     64
     >>> choose_prompt_bucket((40, 3), (5, 0), (16, 32, 64, 128))
@@ -38,9 +38,9 @@ PaddingMode = Literal["max_len", "sum_len", "sum_slots", "sum_buffer"]
 SMALL_BUCKETS = range(1, 9)
 """Few rows are never padded: at batch 1 to 8 kernels, and their tuning, see the true number."""
 BUCKET_STEP = 16
-SMALL_PROMPT_BUCKETS = (16, 32, 64)
-PROMPT_BUCKET_STEP = 128
-"""Of steps with prompts. Up to 128 rows a product takes hardly longer than for 16."""
+SMALLEST_PROMPT_BUCKET, PROMPT_BUCKET_STEP = 16, 32
+"""Of steps with prompts: few, because up to 128 rows a product takes hardly longer than for 16, and
+further apart where they are large, four before each is twice the size."""
 ROWS_A_CHUNK = 16
 MIN_CHUNKS = 4
 """For each `ROWS_A_CHUNK` rows of a bucket there is room for a chunk, and for so many in any."""
@@ -103,9 +103,15 @@ def prompt_buckets_up_to(max_rows: int, row_multiple: int = 1) -> tuple[int, ...
 
     None for `max_rows` of 0.
     """
-    steps = range(PROMPT_BUCKET_STEP, max_rows, PROMPT_BUCKET_STEP)
-    sizes = [size for size in (*SMALL_PROMPT_BUCKETS, *steps) if size < max_rows]
-    return tuple(dict.fromkeys(align_rows([*sizes, max_rows], row_multiple))) if max_rows else ()
+    if not max_rows:
+        return ()
+    sizes, size = [SMALLEST_PROMPT_BUCKET], PROMPT_BUCKET_STEP
+    while size < max_rows:
+        sizes.append(size)
+        power = 1 << (size.bit_length() - 1)
+        size += max(PROMPT_BUCKET_STEP, power // 4)
+    sizes = [*(each for each in sizes if each < max_rows), max_rows]
+    return tuple(dict.fromkeys(align_rows(sizes, row_multiple)))
 
 
 def choose_bucket(num_rows: Sequence[int], buckets: Sequence[int]) -> int:

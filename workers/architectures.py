@@ -88,7 +88,12 @@ def layers_of(config: ModelConfig) -> ModelLayers:
     )
 
 
+def folder_of(config: EngineConfig) -> Path:
+    """Where the configured model lies."""
+    return Path(config.model) if config.model else bundled.path()
+
+
 def plan_of(config: EngineConfig) -> Plan:
     """The collective plan of the configured model; a ValueError says why there is none."""
-    folder = Path(config.model) if config.model else bundled.path()
-    return compile_plan(config.layout, config.plan_settings, layers_of(read_model_config(folder)))
+    layers = layers_of(read_model_config(folder_of(config)))
+    return compile_plan(config.layout, config.plan_settings, layers)

@@ -56,8 +56,8 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """Requests of one replica that may run at once."""
     max_num_batched_tokens: int = 8192
     """Tokens one replica may compute in one step."""
-    prefill_graph_max_tokens: int = 0
-    """Steps with prompts of up to so many tokens are replayed from CUDA graphs; 0: none are."""
+    prefill_graph_max_tokens: int | None = None
+    """CUDA graphs for steps with prompts of up to so many tokens; 0: none; unset: where quicker."""
     max_queued_requests: int = 4096
     """Requests that may wait for a slot; one more is answered 429."""
     max_model_len: int | None = None
@@ -122,8 +122,9 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             *("max_restarts", "prefill_delayer_max_delay_passes", "prefill_decode_interval"),
             "prefill_graph_max_tokens",
         ):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"{name}={value} must not be negative")
         if self.max_model_len is not None and self.max_model_len < 2:
             raise ValueError(f"max_model_len={self.max_model_len} must be at least 2")
         if self.max_num_batched_tokens < self.max_num_seqs:

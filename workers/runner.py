@@ -10,7 +10,6 @@ Nothing here talks to the driver (that is `workers.worker`) or knows an architec
 
 import gc
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
@@ -18,14 +17,14 @@ from parallel.groups import Groups
 from parallel.layout import Layout
 from parallel.padding import buckets_up_to, prompt_buckets_up_to
 from parallel.padding_cost import PaddingCurves
-from workers import bundled
-from workers.architectures import plan_of
+from workers.architectures import folder_of, plan_of
 from workers.cache import bytes_per_page, is_latent, pages_that_fit
 from workers.cache_format import format_of
 from workers.config import EngineConfig
 from workers.expert_load import ExpertTally
 from workers.models import Model, build_model, read_model_config
 from workers.padding_times import exchanges_of, time_padding
+from workers.prompt_buckets import rows_worth_capturing, why_not_captured
 from workers.protocol import Admit, Body, Header, Mask, Sampling, pack
 from workers.sampling import Sampler
 from workers.step import PendingStep, StepResult, StepRunner
@@ -59,7 +58,7 @@ def load_model(
     progress: ReportProgress,
 ) -> Model:
     """This rank's part of the configured model, with its weights."""
-    folder = Path(config.model) if config.model else bundled.path()
+    folder = folder_of(config)
     model_config = read_model_config(folder)
     name = config.dtype
     if name == "auto":
@@ -107,8 +106,8 @@ class ModelRunner:
         """Digests of the graphs' collectives; empty where nothing is captured."""
         with torch.inference_mode():
             self._model = make_model(config, layout, rank, groups, device, progress)
-        if self._use_kernels and config.prefill_graph_max_tokens:
-            self.prompt_buckets = self._choose_prompt_buckets(tells=rank == 0)
+        if self._use_kernels and config.prefill_graph_max_tokens != 0:
+            self.prompt_buckets = self._choose_prompt_buckets(layout, tells=rank == 0)
         self._cache_format = format_of(config.kv_cache_dtype, self._model, device)
         if rank == 0 and self._cache_format.lacks_scales:
             print(
@@ -156,19 +155,22 @@ class ModelRunner:
             print(self._memory_table(num_pages), flush=True)
             tell_of_compilations(_complain_of_compilation)
 
-    def _choose_prompt_buckets(self, *, tells: bool) -> tuple[int, ...]:
+    def _choose_prompt_buckets(self, layout: Layout, *, tells: bool) -> tuple[int, ...]:
         """None where the forward pass of a step with prompts cannot be captured."""
-        config, why = self._config, ""
-        if config.attn_cp_size > 1:
-            why = "with attn_cp_size > 1 every prompt is cut in its own way"
-        elif is_latent(self._model.cache_shapes):
-            why = "this model's attention reads latents"
+        config, most = self._config, self._config.prefill_graph_max_tokens
+        why = why_not_captured(
+            attn_cp_size=config.attn_cp_size, is_latent=is_latent(self._model.cache_shapes)
+        )
         if why:
-            if tells:
+            if tells and most is not None:
                 said = f"prefill_graph_max_tokens: steps with prompts have no graphs, {why}"
                 print(said, flush=True)
             return ()
-        most = min(config.prefill_graph_max_tokens, config.max_num_batched_tokens)
+        if most is None:
+            if self._device.type != "cuda":
+                return ()
+            most = rows_worth_capturing(read_model_config(folder_of(config)), layout)
+        most = min(most, config.max_num_batched_tokens)
         return prompt_buckets_up_to(most, self._row_multiple)
 
     def launch(self, header: Header, body: Body, replica: int) -> PendingStep:
