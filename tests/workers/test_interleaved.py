@@ -147,11 +147,12 @@ def interleave(
     shape than the eager step's: what that left in the cache may differ in its last bit.
     """
     same_shapes = True
+    is_padded = groups is not None and groups.tp.size > 1  # else a driver pads no eager step
     draw, runner, seen, before = Random(seed), mixed.runner, Counter(), "idle"
     for number in range(num_steps):
         plans = [crowd.plan() for crowd in crowds]
         told = headers_of(
-            plans, number, runner.buckets, runner._row_multiple, draw, is_padded=not exact
+            plans, number, runner.buckets, runner._row_multiple, draw, is_padded=is_padded
         )
         one = mixed.step(told.mixed, plans[replica], replica)
         other = eager.step(told.eager, plans[replica], replica)
@@ -242,5 +243,6 @@ def test_replicas_and_parts_say_the_same_in_any_order(layout, num_steps):
     for (_, kind), count in ranks[0].items():
         kinds[kind] += count
     assert kinds["prompts"]
-    assert sum(count for kind, count in kinds.items() if kind.startswith("bucket")) > num_steps // 5
+    num_replayed = sum(count for kind, count in kinds.items() if kind.startswith("bucket"))
+    assert num_replayed > num_steps // (5 if num_replicas > 1 else 12)  # one is idle more often
     assert kinds["eager decodes"]
