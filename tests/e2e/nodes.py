@@ -102,9 +102,10 @@ def free_net():
 def nameservers():
     """Addresses of this machine's, which a namespace does not reach: a question that nobody answers
     is given up after ten seconds, one that cannot be sent at once."""
-    lines = Path("/etc/resolv.conf").read_text().splitlines()
-    words = [line.split() for line in lines if line.startswith("nameserver ")]
-    found = [ipaddress.ip_address(word[1]) for word in words if "%" not in word[1]]
+    file = Path("/etc/resolv.conf")
+    lines = file.read_text().splitlines() if file.exists() else []
+    words = {line.split()[1] for line in lines if line.startswith("nameserver ")}
+    found = [ipaddress.ip_address(word) for word in sorted(words) if "%" not in word]
     return [str(one) for one in found if one.version == 4 and not one.is_loopback]
 
 
