@@ -1,5 +1,6 @@
 """Fixtures shared by every test: where to run, and what a test may use."""
 
+import importlib.util
 import os
 
 # Ray's processes read these when they start, and some modules when they are imported.
@@ -41,6 +42,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     for mark in item.iter_markers("gpus"):
         if torch.cuda.device_count() < mark.args[0]:
             pytest.skip(f"needs {mark.args[0]} GPUs, found {torch.cuda.device_count()}")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quick_interpreter() -> None:
+    if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+        from tests.interpreter import patch_once
+
+        patch_once()
 
 
 @pytest.fixture
