@@ -18,7 +18,13 @@ from torch.nn.attention.bias import causal_lower_right
 
 from kernels.fp8 import NO_SCALES, Scales, to_e4m3
 from kernels.paged_decode import cut_sequences, num_shares_of, paged_decode
-from kernels.paged_prefill import DEFAULT_TILES, PrefillTiles, cut_chunks, paged_prefill
+from kernels.paged_prefill import (
+    LARGE_TILES,
+    SHARED_TILES,
+    PrefillTiles,
+    cut_chunks,
+    paged_prefill,
+)
 from kernels.rms_norm import add_rms_norm
 from kernels.silu_multiply import silu_multiply
 from kernels.skinny_linear import skinny_linear
@@ -111,17 +117,14 @@ def show_decode(rate: float) -> None:
 PREFILL_SHAPES = ((8, 1024, 0), (1, 8192, 0), (64, 128, 0), (1, 2048, 30000))
 """Chunks, rows of each, tokens before them."""
 PREFILL_TILES = (
-    DEFAULT_TILES,
-    PrefillTiles(128, 64, 3, 8, 128),
-    PrefillTiles(128, 64, 3, 8),
+    LARGE_TILES,
+    SHARED_TILES,
+    PrefillTiles(128, 64, 3, 8, 160),
     PrefillTiles(128, 64, 5, 8),
-    PrefillTiles(128, 128, 3, 8),
-    PrefillTiles(128, 128, 5, 8),
     PrefillTiles(128, 32, 3, 8, 128),
-    PrefillTiles(128, 32, 5, 8, 128),
-    PrefillTiles(128, 32, 5, 4),
-    PrefillTiles(64, 32, 5, 4, 128),
-    PrefillTiles(256, 64, 3, 8),
+    PrefillTiles(256, 32, 3, 16, 128),
+    PrefillTiles(256, 64, 3, 16, 128),
+    PrefillTiles(128, 128, 5, 8),
 )
 
 
@@ -237,7 +240,7 @@ def show_e4m3(rate: float) -> None:
         for tiles in PREFILL_TILES[:5]:
             took = micros(lambda i: prefill.run(*stored, tiles, scales), 3)
             cells.append(f"{prefill.cell(took)} {tuple(tiles)}")
-        took = micros(lambda i: prefill.run(*prefill.cache, DEFAULT_TILES, NO_SCALES), 3)
+        took = micros(lambda i: prefill.run(*prefill.cache, LARGE_TILES, NO_SCALES), 3)
         cells.append(f"bf16 {prefill.cell(took)}")
         print(f"  prefill {prefill}: {'; '.join(cells)}", flush=True)
 

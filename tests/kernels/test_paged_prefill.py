@@ -7,13 +7,22 @@ from hypothesis import strategies as st
 
 from kernels.fp8 import E4M3, Scales
 from kernels.paged_attention import paged_attention_reference
-from kernels.paged_prefill import BLOCK_ROWS, DEFAULT_TILES, PrefillTiles, cut_chunks, paged_prefill
+from kernels.paged_prefill import (
+    BLOCK_ROWS,
+    LARGE_TILES,
+    SHARED_TILES,
+    PrefillTiles,
+    choose_tiles,
+    cut_chunks,
+    paged_prefill,
+)
 from tests.kernels.test_paged_kernels import assert_near
 
 pytestmark = pytest.mark.row("S13")
 
 TILES = (
-    DEFAULT_TILES,
+    None,
+    LARGE_TILES,
     PrefillTiles(16, 16, 2, 4),
     PrefillTiles(64, 32, 5, 4, 128),
     PrefillTiles(128, 128, 3, 8),
@@ -134,3 +143,11 @@ def test_what_no_program_can_do_is_refused(num_heads, scale, sentence, device):
         paged_prefill(
             q, cache, cache, table, blocks, q, page_size=16, scale=scale, sliding_window=None
         )
+
+
+def test_tiles_of_many_warps_are_for_short_numbers_and_small_heads():
+    sixteen = (torch.bfloat16, torch.float16)
+    assert {choose_tiles(each, each, 128) for each in sixteen} == {SHARED_TILES}
+    others = [(torch.float32, torch.float32, 128), (torch.bfloat16, E4M3, 128)]
+    others.append((torch.bfloat16, torch.bfloat16, 192))  # would not fit into 128 registers
+    assert {choose_tiles(*each) for each in others} == {LARGE_TILES}
