@@ -47,9 +47,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _quick_interpreter() -> None:
     if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
-        from tests.interpreter import patch_once
+        from tests.interpreter import quicken
 
-        patch_once()
+        quicken()
 
 
 @pytest.fixture
