@@ -91,8 +91,8 @@ HEADINGS = {
     "idle80": "idle p80",
     "gap50": "longest gap",
 }
-MOST_IDLE_US = 30.0
-"""Goal: the GPU's idle time of a step, median."""
+MOST_GAP_US = 30.0
+"""Goal: how long the GPU waits between two decode steps, median."""
 
 
 def header(figures: dict[str, float]) -> str:
@@ -107,17 +107,17 @@ def row(case: Case, figures: dict[str, float]) -> str:
 def figures_line(
     model: str, measured: Sequence[tuple[Case, dict[str, float], dict[str, Any]]]
 ) -> dict[str, Any]:
-    """All figures of a run, for programs; idle times only where a GPU was there.
+    """All figures of a run, for programs; gaps only where a GPU was there.
 
-    >>> figures = {"step": 900.0, "plan": 9.0, "send": 2.0, "accept": 4.0, "idle50": 12.0}
+    >>> figures = {"step": 900.0, "plan": 9.0, "send": 2.0, "accept": 4.0, "gap50": 12.0}
     >>> line = figures_line("8b", [(Case(1, 128), figures, {})])
-    >>> line["idle_p50_us"], line["idle_met"], line["cases"][0]["driver_us"]
+    >>> line["gap_p50_us"], line["gap_met"], line["cases"][0]["driver_us"]
     ({'1:128': 12.0}, True, 15.0)
     """
-    idle = {
-        f"{case.rows}:{case.context}": _tenths(told["idle50"])
+    gaps = {
+        f"{case.rows}:{case.context}": _tenths(told["gap50"])
         for case, told, _ in measured
-        if "idle50" in told
+        if "gap50" in told
     }
     cases = [
         {"rows": case.rows, "context": case.context}
@@ -127,8 +127,8 @@ def figures_line(
         for case, told, gpu in measured
     ]
     line: dict[str, Any] = {"case": "step", "model": model or "bundled"}
-    if idle:
-        line |= {"idle_p50_us": idle, "idle_met": max(idle.values()) <= MOST_IDLE_US}
+    if gaps:
+        line |= {"gap_p50_us": gaps, "gap_met": max(gaps.values()) <= MOST_GAP_US}
     return line | {"cases": cases}
 
 

@@ -34,7 +34,7 @@ def test_each_case_is_a_row_of_parts(tmp_path):
         assert step > plan
     told = json.loads(last)
     assert told == json.loads(file.read_text())
-    assert "idle_p50_us" not in told
+    assert "gap_p50_us" not in told
     assert [(case["rows"], case["context"]) for case in told["cases"]] == [(1, 16), (3, 40)]
     for line, case in zip(rows, told["cases"], strict=True):
         assert line.split()[1] == str(case["step_us"])
@@ -60,10 +60,10 @@ def test_a_gpu_adds_its_columns():
     assert figures["gap50"] == 8.5
     assert header(figures).split()[-6:] == ["idle", "p50", "idle", "p80", "longest", "gap"]
     assert len(header(figures)) == len(row(Case(1, 128), figures))
-    slow = figures | {"idle50": 31.0}
+    slow = figures | {"gap50": 31.0}
     line = figures_line("8b", [(Case(1, 128), figures, gpu), (Case(128, 1024), slow, gpu)])
-    assert line["idle_p50_us"] == {"1:128": 15.0, "128:1024": 31.0}
-    assert line["idle_met"] is False
+    assert line["gap_p50_us"] == {"1:128": 8.5, "128:1024": 31.0}
+    assert line["gap_met"] is False
     assert line["cases"][0]["kernels"] == gpu["kernels"]
 
 
