@@ -115,7 +115,7 @@ def reading(gaps, apart):
     [
         ([0.0, 0.019], [0.01, 0.001], True),
         ([0.0, 0.021], [0.01, 0.001], False),  # wider than twice the noise
-        ([0.0, 0.0], [0.06, 0.06], False),  # the same tokens, but far too noisy
+        ([0.0, 0.0], [0.11, 0.11], False),  # the same tokens, but far too noisy
         ([0.0, 0.7], [0.6] + [0.001] * 50, False),  # a broken place does not excuse itself
         ([], [], False),  # nothing was checked
     ],
