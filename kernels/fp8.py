@@ -30,6 +30,15 @@ class Scales(NamedTuple):
 NO_SCALES = Scales(None, None)
 
 
+def computes_in_half(q_dtype: torch.dtype, cache_dtype: torch.dtype) -> bool:
+    """Whether queries are made float16 to be multiplied with what a cache keeps.
+
+    A GPU takes two numbers of e4m3 to float16 in one instruction and to bfloat16 in several; float16
+    holds them all, and queries up to 65504 with three bits more than bfloat16.
+    """
+    return q_dtype == torch.bfloat16 and cache_dtype == E4M3
+
+
 def to_e4m3(x: Tensor, scale: float) -> Tensor:
     """What is stored for `x`; NaN stays NaN."""
     return (x.float() * (1.0 / scale)).clamp_(-HIGHEST, HIGHEST).to(E4M3)

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.fp8 import NO_SCALES, Scales, refuse_other_scales
+from kernels.fp8 import NO_SCALES, Scales, computes_in_half, refuse_other_scales
 from kernels.launch import begin, has_pdl, refuse_unless
 
 BLOCK_TOKENS = 64
@@ -173,6 +173,7 @@ def _decode_kernel(
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
+    HALF: tl.constexpr,
     PDL: tl.constexpr,
 ):
     kv_head = tl.program_id(0)
@@ -196,6 +197,8 @@ def _decode_kernel(
     q_offsets = heads[:, None] * head_dim + dims[None, :]
     inside_q = in_group[:, None] & in_head[None, :]
     q = tl.load(q_ptr + q_offsets, mask=inside_q, other=0.0)
+    if HALF:
+        q = q.to(tl.float16)
     table = table_ptr + tl.load(slot_ptr + seq) * table_stride
     token_stride = num_kv_heads * head_dim
     highest = tl.full((GROUP_PAD,), float("-inf"), tl.float32)
@@ -362,6 +365,7 @@ def paged_decode(
         BLOCK=BLOCK_TOKENS,
         STAGES=num_stages,
         PRECISION="ieee" if q_BHD.dtype == torch.float32 else "tf32",
+        HALF=computes_in_half(q_BHD.dtype, keys_XGD.dtype),
         PDL=pdl,
         num_warps=num_warps,
         launch_pdl=pdl,

@@ -29,7 +29,7 @@ import triton.language as tl
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kernels.fp8 import NO_SCALES, Scales, refuse_other_scales
+from kernels.fp8 import NO_SCALES, Scales, computes_in_half, refuse_other_scales
 from kernels.launch import refuse_unless
 
 BLOCK_ROWS = 128
@@ -170,6 +170,7 @@ def _prefill_kernel(
     STAGES: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
+    HALF: tl.constexpr,
 ):
     kv_head = tl.program_id(0)
     TOKENS: tl.constexpr = ROWS // SHARING
@@ -190,6 +191,8 @@ def _prefill_kernel(
     first_q = (first_row * KV_HEADS + kv_head) * (SHARING * HEAD_DIM)
     inside_q = (rows < num_tokens * SHARING)[:, None] & in_head
     q = tl.load(q_ptr + first_q + q_offsets, mask=inside_q, other=0.0)
+    if HALF:
+        q = q.to(tl.float16)
     positions = first_token + rows // SHARING
     keys_ptr += kv_head * HEAD_DIM
     values_ptr += kv_head * HEAD_DIM
@@ -283,6 +286,7 @@ def paged_prefill(
         STAGES=tiles.num_stages,
         WIDE=keys_XGD.numel() >= 2**31,
         PRECISION="ieee" if q_THD.dtype == torch.float32 else "tf32",
+        HALF=computes_in_half(q_THD.dtype, keys_XGD.dtype),
         num_warps=tiles.num_warps,
         maxnreg=tiles.max_registers,
     )
