@@ -33,8 +33,8 @@ NO_SCALES = Scales(None, None)
 def computes_in_half(q_dtype: torch.dtype, cache_dtype: torch.dtype) -> bool:
     """Whether queries are made float16 to be multiplied with what a cache keeps.
 
-    A GPU takes two numbers of e4m3 to float16 in one instruction and to bfloat16 in several; float16
-    holds them all, and queries up to 65504 with three bits more than bfloat16.
+    A GPU takes two numbers of e4m3 to float16 in one instruction and to bfloat16 in several;
+    float16 holds them all, and queries up to 65504 with three bits more than bfloat16.
     """
     return q_dtype == torch.bfloat16 and cache_dtype == E4M3
 

@@ -299,6 +299,7 @@ def paged_decode(
     scales: Scales = NO_SCALES,
     num_stages: int = 2,
     num_warps: int = 4,
+    max_registers: int | None = None,
 ) -> None:
     """Fill `out_BHD`: row b attends tokens 0 to `positions_B[b]` of slot `slots_B[b]`; none at -1.
 
@@ -368,5 +369,6 @@ def paged_decode(
         HALF=computes_in_half(q_BHD.dtype, keys_XGD.dtype),
         PDL=pdl,
         num_warps=num_warps,
+        maxnreg=max_registers,
         launch_pdl=pdl,
     )

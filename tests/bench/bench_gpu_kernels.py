@@ -203,9 +203,7 @@ def show_prefill() -> None:
 
 def show_e4m3(rate: float) -> None:
     """Attention from a cache of eight bits: half the bytes, and each number is converted."""
-    print(
-        "e4m3: us (TB/s / copy for decodes, TFLOP/s for prefill) by (stages, warps); bf16 beside it"
-    )
+    print("e4m3: us (TB/s / copy for decodes, TFLOP/s for prefill) by (stages, warps, registers)")
     num_sms = torch.cuda.get_device_properties(DEVICE).multi_processor_count
     scales = Scales(1.0, 1.0)
     options = {"page_size": 16, "scale": 0.1, "sliding_window": None}
@@ -221,15 +219,15 @@ def show_e4m3(rate: float) -> None:
         shared = (table, slots, positions, cut, out, counters)
         size = 2 * num_seqs * length * 8 * 128 / 1e6
         cells = []
-        for stages, warps in ((2, 4), (3, 4), (4, 4), (2, 8)):
+        for stages, warps, registers in ((2, 4, None), (2, 4, 112), (2, 8, None), (2, 8, 64)):
             took = micros(
                 lambda i: paged_decode(
                     q, *stored[i], *shared, **options, scales=scales, num_stages=stages,
-                    num_warps=warps,
+                    num_warps=warps, max_registers=registers,
                 ),
                 copies,
             )  # fmt: skip
-            cells.append(f"{took:7.1f} ({size / took / rate:.2f}) {stages} {warps}")
+            cells.append(f"{took:7.1f} ({size / took / rate:.2f}) {stages} {warps} {registers}")
         took = micros(lambda i: paged_decode(q, *caches[i], *shared, **options), copies)
         cells.append(f"bf16 {took:7.1f} ({2 * size / took / rate:.2f})")
         print(f"  {num_seqs} x {length}, {heads}/8 heads: {'; '.join(cells)}", flush=True)
@@ -237,7 +235,7 @@ def show_e4m3(rate: float) -> None:
         prefill = Prefill(*shape)
         stored = [to_e4m3(part, 1.0) for part in prefill.cache]
         cells = []
-        for tiles in PREFILL_TILES[:5]:
+        for tiles in (*PREFILL_TILES[:2], *PREFILL_TILES[3:5], PrefillTiles(128, 64, 3, 8)):
             took = micros(lambda i: prefill.run(*stored, tiles, scales), 3)
             cells.append(f"{prefill.cell(took)} {tuple(tiles)}")
         took = micros(lambda i: prefill.run(*prefill.cache, LARGE_TILES, NO_SCALES), 3)
