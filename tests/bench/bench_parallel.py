@@ -8,7 +8,7 @@
 its own with a time limit, and one JSON line:
 
     startup_s     until the engine is ready
-    tpot_ms       time per output token at batch 1, 8 and 64: (all tokens - first token) / tokens
+    tpot_ms       time per output token at batch 1, 8 and 64, of steps in which all of them decode
     bucket_1      rows that a step of one request launches
     replayed      share of the timed steps that every rank replayed from a graph
     first_tokens  prompts whose first token is the one of one GPU
@@ -42,6 +42,7 @@ from deployments.domain import Domain, Step
 from deployments.llm import LLM, Answer, SamplingParams
 from deployments.presets import PRESETS
 from deployments.scheduler import Plan
+from workers.protocol import Mode
 from workers.worker import StepChain
 
 TIE, MEAN_APART = 0.3, 0.05
@@ -96,6 +97,8 @@ class Headers:
 
     def __init__(self) -> None:
         self.steps: list[Step] = []
+        self.planned_at: list[float] = []
+        """When each of the steps was planned."""
         self.pad_us: list[float] = []
         step, pad = Domain.next_step, Domain._pad
 
@@ -108,9 +111,30 @@ class Headers:
         def kept_step(domain: Domain) -> Step:
             made = step(domain)
             self.steps.append(made)
+            self.planned_at.append(time.perf_counter())
             return made
 
         Domain._pad, Domain.next_step = timed_pad, kept_step  # type: ignore[method-assign]
+
+    def clear(self) -> None:
+        self.steps.clear()
+        self.planned_at.clear()
+
+    def decode_ms(self, num_rows: int, since: int) -> float:
+        """From step to step while so many rows decode and nothing else is computed, on average;
+        of the steps from number `since` on.
+
+        Prompts are read in one step or in several, as they come: a difference of two runs would
+        have those in it.
+        """
+        stretches: list[list[float]] = [[]]
+        for step, at in zip(self.steps[since:], self.planned_at[since:], strict=True):
+            if step.told.mode == Mode.DECODE and sum(step.told.num_rows) == num_rows:
+                stretches[-1].append(at)
+            elif stretches[-1]:
+                stretches.append([])
+        longest = max(stretches, key=len)
+        return (longest[-1] - longest[0]) / (len(longest) - 1) * 1e3
 
     def read_us(self, num_replicas: int) -> float:
         """What a rank takes to read a header and to check that it follows the last."""
@@ -139,8 +163,8 @@ def run_case(name: str, settings: dict[str, Any], work: Work, folder: Path) -> d
         answers = llm.generate(prompts, greedy(work.output, 5), detokenize=False)
         out |= {"graph_apart": against_prefill(llm, answers)}
         out |= compare(name, answers, folder)
-        headers.steps.clear()
-        out["tpot_ms"] = {size: time_batch(llm, size, work) for size in work.batches}
+        headers.clear()
+        out["tpot_ms"] = {size: time_batch(llm, headers, size, work) for size in work.batches}
         decodes = [step.told for step in headers.steps if step.told.mode == 1]
         ones = Counter(told.bucket for told in decodes if sum(told.num_rows) == 1)
         out["bucket_1"] = ones.most_common(1)[0][0] if ones else 0
@@ -227,18 +251,15 @@ def figures(values: Sequence[float]) -> dict[str, float]:
     return {"largest": round(max(values), 4), "mean": round(statistics.fmean(values), 5)}
 
 
-def time_batch(llm: LLM, size: int, work: Work) -> float:
+def time_batch(llm: LLM, headers: Headers, size: int, work: Work) -> float:
     draw = random.Random(size)
     prompts = [[draw.randint(3, work.max_id) for _ in range(work.prompt)] for _ in range(size)]
     llm.generate(prompts, greedy(8), detokenize=False)
     best = []
     for _ in range(2):
-        seconds = []
-        for length in (1, work.timed + 1):
-            began = time.perf_counter()
-            llm.generate(prompts, greedy(length), detokenize=False)
-            seconds.append(time.perf_counter() - began)
-        best.append((seconds[1] - seconds[0]) / work.timed * 1e3)
+        before = len(headers.steps)
+        llm.generate(prompts, greedy(work.timed + 1), detokenize=False)
+        best.append(headers.decode_ms(size, before))
     return round(min(best), 3)
 
 
