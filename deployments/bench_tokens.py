@@ -25,14 +25,14 @@ from workers.protocol import TokenLogprobs
 MEAN_APART, LARGEST_APART = 0.1, 0.5
 """Of log-probabilities, decoded and read. With random weights bfloat16 gives means of 0.006 where
 rows are 1024 wide and 0.05 where they are 4096 wide and layers 36; transformers' own, against
-float32, are 0.009 there, and 0.020 and 0.024 after 4 and 9 such layers. Others saw 0.32 between two
-engines at worst (vLLM, pull request 18352)."""
+float32, are 0.009 after 28 layers of 1024, 0.020 and 0.024 after 4 and 9 of 4096. Others saw 0.32
+between two engines at worst (vLLM, pull request 18352)."""
 NUM_TOLD = 2
 """Likeliest tokens told of each place: those that may change places."""
 
 
 class Reading(NamedTuple):
-    """What an eager pass says of a case's sampled answers."""
+    """What a case's sampled answers are, read as prompts."""
 
     case: str
     gaps: list[float]

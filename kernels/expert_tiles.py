@@ -3,8 +3,9 @@
 Measurements lie in `expert_tiles.json`, which `python -m tests.bench.tune_experts` writes on a GPU:
 for a device and the shape of a layer's experts, the quickest tiles for numbers of choices. They are
 taken at the numbers of rows that decode graphs have, so a bucket runs what was measured at its own
-size; a number in between takes the tiles of the next larger one. Past the largest its tiles hold
-for numbers that the rule cuts like it: a tuning that ended early says nothing of long prompts.
+size; a number in between takes the tiles of the next larger one, and one past the largest that
+one's, where the rule cuts it like it, else the rule: what was measured for an expert's 128 rows
+says nothing of 36.
 
 No torch and no Triton: tiles are numbers.
 """
@@ -61,9 +62,10 @@ class TileTable(NamedTuple):
         if not self.measured:
             return by_rule
         sizes = sorted(self.measured)
-        if num_choices > sizes[-1] and by_rule != tiles_by_rule(sizes[-1], num_experts):
+        near = sizes[min(bisect_left(sizes, num_choices), len(sizes) - 1)]
+        if num_choices != near and by_rule != tiles_by_rule(near, num_experts):
             return by_rule
-        return self.measured[sizes[min(bisect_left(sizes, num_choices), len(sizes) - 1)]]
+        return self.measured[near]
 
 
 RULE = TileTable()

@@ -339,7 +339,7 @@ def paged_decode(
     )
     refuse_other_scales(keys_XGD, scales)
     half = computes_in_half(q_BHD.dtype, keys_XGD.dtype)
-    if max_registers is None and half:
+    if max_registers is None and half and head_dim <= 128:
         max_registers = HALF_REGISTERS
     pdl = has_pdl(q_BHD)
     group, dim = num_heads // num_kv_heads, max(16, triton.next_power_of_2(head_dim))

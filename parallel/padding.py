@@ -39,8 +39,8 @@ SMALL_BUCKETS = range(1, 9)
 """Few rows are never padded: at batch 1 to 8 kernels, and their tuning, see the true number."""
 BUCKET_STEP = 16
 SMALLEST_PROMPT_BUCKET, PROMPT_BUCKET_STEP = 16, 32
-"""Of steps with prompts: few, because up to 128 rows a product takes hardly longer than for 16, and
-further apart where they are large, four before each is twice the size."""
+"""Of steps with prompts: few up to 128 rows, for which a product takes hardly longer than for 16;
+from there on four to an octave."""
 ROWS_A_CHUNK = 16
 MIN_CHUNKS = 4
 """For each `ROWS_A_CHUNK` rows of a bucket there is room for a chunk, and for so many in any."""

@@ -539,8 +539,8 @@ MUTATIONS: tuple[Mutation, ...] = (
         "S13",
         "experts run the tiles that were measured at the largest size",
         "kernels/expert_tiles.py",
-        "self.measured[sizes[min(bisect_left(sizes, num_choices), len(sizes) - 1)]]",
-        "self.measured[sizes[-1]]",
+        "        return self.measured[near]\n",
+        "        return self.measured[sizes[-1]]\n",
     ),
     Mutation(
         "S13",
@@ -576,6 +576,13 @@ MUTATIONS: tuple[Mutation, ...] = (
         "kernels/paged_decode.py",
         "        (scale if scales.key is None else scale * scales.key) * LOG2_E,\n",
         "        scale * LOG2_E,\n",
+    ),
+    Mutation(
+        "S13",
+        "queries in bfloat16 are not made float16 where e4m3 is",
+        "kernels/fp8.py",
+        "    return q_dtype == torch.bfloat16 and cache_dtype == E4M3\n",
+        "    return False\n",
     ),
     Mutation(
         "S13",

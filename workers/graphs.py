@@ -115,6 +115,9 @@ class DecodeGraphs:
         """Of all graphs: ranks must have captured the same."""
         return [call for _, graph in sorted(self._graphs.items()) for call in graph.calls]
 
+    bytes_of_others = 0
+    """The graphs of smaller buckets keep nothing beside the largest's: logits have one room."""
+
     def capture_one(self, bucket: int) -> None:
         rows = self._rows(bucket)
         graph, logits_BV, calls = self._recorder.record(lambda: self._run(rows))

@@ -186,6 +186,12 @@ class PromptGraphs:
         graphs = (graph for _, graph in sorted(self._graphs.items()))
         return [call for graph in graphs for call in graph.recording.calls]
 
+    @property
+    def bytes_of_others(self) -> int:
+        """What graphs of smaller buckets will keep for good beside the largest's: hidden rows."""
+        out_TD = self._graphs[self.buckets[-1]].recording.out
+        return out_TD.nbytes // len(out_TD) * sum(self.buckets[:-1])
+
     def capture_one(self, bucket: int) -> None:
         sizes = Sizes(bucket, min(bucket, self._table.spare_slot), self._num_replicas)
         nothing = pack_step(

@@ -267,7 +267,8 @@ class ModelRunner:
         return usable - sum(self._memory.values()) - self._page_bytes()
 
     def _measure_graphs(self, steps: StepRunner) -> int:
-        """What graphs take: the largest are measured, the others live in their memory."""
+        """What graphs take: the largest are measured, the others live in their memory, but for what
+        they say that they keep."""
         if not self.buckets:
             return 0
         torch.cuda.synchronize(self._device)
@@ -276,7 +277,8 @@ class ModelRunner:
         kinds = steps.capture_largest()
         after, _ = torch.cuda.mem_get_info(self._device)
         num_graphs = sum(len(kind.buckets) for kind in kinds)
-        return max(0, before - after) + GRAPH_BYTES * num_graphs
+        kept = sum(kind.bytes_of_others for kind in kinds)
+        return max(0, before - after) + GRAPH_BYTES * num_graphs + kept
 
     def _memory_table(self, num_pages: int) -> str:
         """Where this rank's memory goes, in GiB: measured, except for the cache."""

@@ -24,13 +24,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from deployments.presets import PRESETS, write_preset
 from kernels import paged_decode
 from parallel.groups import single_rank_groups
 from parallel.layout import Layout
 from workers import bundled
+from workers.batch import StepRows
 from workers.cache import PagedCache
 from workers.config import EngineConfig
 from workers.context import ContextParts
@@ -130,9 +133,7 @@ class Decodes:
         return statistics.median(times), tokens
 
 
-def _rows_of(slots, positions):
-    from workers.batch import StepRows
-
+def _rows_of(slots: NDArray[np.int64], positions: NDArray[np.int64]) -> StepRows:
     return StepRows(slots.copy(), (), positions, positions, slots, slots, ())
 
 
@@ -189,8 +190,11 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    args = parser().parse_args(argv)
+    if not 1 < args.steps <= PAGE_SIZE:
+        raise SystemExit(f"--steps={args.steps} must be from 2 to {PAGE_SIZE}: they fill a page")
     with tempfile.TemporaryDirectory() as folder:
-        measure(parser().parse_args(argv), Path(folder))
+        measure(args, Path(folder))
 
 
 if __name__ == "__main__":

@@ -134,6 +134,8 @@ class Headers:
             elif stretches[-1]:
                 stretches.append([])
         longest = max(stretches, key=len)
+        if len(longest) < 2:
+            raise ValueError(f"no two steps in a row decoded {num_rows} rows")
         return (longest[-1] - longest[0]) / (len(longest) - 1) * 1e3
 
     def read_us(self, num_replicas: int) -> float:

@@ -105,7 +105,7 @@ def test_every_number_and_every_middle_of_two_is_stored_exactly(device):
 
 
 @pytest.mark.row("S13")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("window", [None, 70], ids=str)
 @pytest.mark.parametrize("num_shares", [1, 50])
 @pytest.mark.parametrize(("num_heads", "num_kv_heads", "dim"), SHAPES)
@@ -141,7 +141,7 @@ def test_decodes_read_what_is_stored(
 
 
 @pytest.mark.row("S13")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("window", [None, 70], ids=str)
 @pytest.mark.parametrize(("num_heads", "num_kv_heads", "dim"), SHAPES)
 def test_chunks_read_what_is_stored(num_heads, num_kv_heads, dim, window, dtype, device):

@@ -192,6 +192,9 @@ def test_tiles_that_were_measured_for_few_rows_say_nothing_of_many():
         assert early.choose(num_choices, 128) == tiles_by_rule(num_choices, 128)
     assert early.choose(600, 128) == few
     assert late.choose(131072, 128) == many
+    for num_choices in (576, 5120):  # between two sizes, and cut unlike the larger
+        assert late.choose(num_choices, 128) == tiles_by_rule(num_choices, 128)
+    assert late.choose(60000, 128) == many
 
 
 def test_a_tuner_takes_what_is_quickest_and_right_and_keeps_the_rule_for_less(tmp_path):
@@ -211,6 +214,10 @@ def test_a_tuner_takes_what_is_quickest_and_right_and_keeps_the_rule_for_less(tm
     assert tune_experts.tune(measure, rule, times) == (best, 60.0, 200.0)
     near = lambda tiles: 100.0 if tiles == rule else 99.0  # noqa: E731
     assert tune_experts.tune(near, rule, times) == (rule, 100.0, 100.0)
+    firsts = iter([110.0])
+    slow_at_first = lambda tiles: next(firsts, 100.0)  # noqa: E731
+    tiles = [rule.gate_up, rule.down, *times]
+    assert tune_experts.tune(slow_at_first, rule, tiles) == (rule, 100.0, 100.0)
 
 
 def test_a_layer_is_tuned_where_it_runs(tmp_path, device, monkeypatch):

@@ -271,6 +271,9 @@ def test_every_bucket_is_run_at_its_own_size_before_ready():
     assert runner.prompt_buckets == (16, 32, 40)
     every = [*reversed(runner.prompt_buckets), *reversed(runner.buckets)]
     assert model.num_rows[-len(every) :] == every
+    graphs = runner._steps._prompt_graphs
+    kept = [graphs._graphs[bucket].recording.out.nbytes for bucket in runner.prompt_buckets]
+    assert graphs.bytes_of_others == sum(kept[:-1]) > 0
     for bucket in runner.prompt_buckets:
         body = entering(0, [5], Sampling(temperature=0.0), [0])
         model.num_rows.clear()
